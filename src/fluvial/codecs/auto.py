@@ -9,7 +9,9 @@ The rules come from measurements on real updates (docs/methods/cgfedllm.md):
 - error feedback makes what is coded ever whiter, so what lasts is a good quantiser: among codecs
   that learn nothing the trellis needs the fewest bytes;
 - below that, the learned transform wins where it is clearly better than the best codec that learns
-  nothing, and where the bytes that it saves are worth the download of the transform;
+  nothing, with what error feedback makes of the updates, and where the bytes that it saves are
+  worth the download of the transform;
+- a byte down counts as a byte up, unless `fleet.line` says how much faster sites receive;
 - where the uplink is known, time to code counts with time to send: a codec that takes longer than
   the upload that it saves is not chosen.
 """
@@ -22,6 +24,9 @@ from typing import Literal
 from pydantic import Field
 
 from fluvial.codecs.base import CodecSettings, SnrDrivenSettings
+from fluvial.codecs.klt.model import published_bytes
+from fluvial.codecs.klt.trellis import KltTrellisSettings
+from fluvial.errors import ConfigError
 from fluvial.wire.tensors import Layout
 
 GAIN_DB = 0.5
@@ -29,8 +34,6 @@ GAIN_DB = 0.5
 the trellis and so itself 0.6 dB better than a scalar quantiser on rotated values."""
 LEARNED = "klt_trellis"
 """The learned transform for sites that keep state."""
-DOWNLINK_PRICE = 0.1
-"""Price of a byte down against one up: links of sites are about ten times slower up than down."""
 PATIENCE = 3
 """Rounds in a row after which a drift is believed."""
 
@@ -80,7 +83,8 @@ class Measured:
 
     codec: CodecSettings
     error: float
-    """Relative squared error of an update."""
+    """Relative squared error of what a site codes: an update, or with error feedback what it makes
+    of an update (`recoding.feedback_error`)."""
     frame_bytes: float
     published_bytes: int
     """Bytes that each site downloads once."""
@@ -99,7 +103,17 @@ class Plain:
     coding_s: float
 
 
-def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]]:
+@dataclass(frozen=True)
+class Use:
+    """What a run makes of a codec."""
+
+    rounds: int
+    """Rounds in which it codes the update of a site."""
+    byte_down: float = 1.0
+    """Price of a byte down against a byte up, which is the ratio of their times on the line."""
+
+
+def candidates(settings: AutoSettings, layout: Layout, use: Use) -> list[dict[str, object]]:
     """Return the `[codec]` tables to measure at TGAP."""
     rate: dict[str, object] = {"rate": settings.target(layout), **_targets(settings)}
     if not settings.error_feedback:
@@ -108,10 +122,27 @@ def candidates(settings: AutoSettings, layout: Layout) -> list[dict[str, object]
     tables: list[dict[str, object]] = [{"name": "trellis", **rate}]
     if not settings.snr_driven:
         tables += _of_fixed_rate(settings.target(layout))
-    if settings.target(layout) > 32:
+    if settings.target(layout) > 32 and _may_repay(settings.target(layout), layout, use):
         tables.append({"name": LEARNED, **rate})
 
     return [{**table, "error_feedback": True} for table in tables]
+
+
+def _may_repay(rate: float, layout: Layout, use: Use) -> bool:
+    """Return whether the learned transform can repay its download, before anything is fitted.
+
+    It saves less than all that is sent without it.
+    """
+    return use.byte_down * _download(layout) < use.rounds * layout.raw_bytes / rate
+
+
+def _download(layout: Layout) -> int:
+    """Return the bytes of the learned transform; 0 for a layout that it cannot code."""
+    share = KltTrellisSettings.model_fields["basis_share"].default
+    try:
+        return published_bytes(layout, share)
+    except ConfigError:
+        return 0
 
 
 def _targets(settings: AutoSettings) -> dict[str, object]:
@@ -132,18 +163,17 @@ def choose(
     settings: AutoSettings,
     measured: Mapping[str, Measured],
     layout: Layout,
-    rounds: int,
+    use: Use,
     plain: Plain | None = None,
 ) -> Choice:
-    """Return the best of the candidates that could be measured; `rounds` is how long the transform
-    will be used.
+    """Return the best of the candidates that could be measured.
 
     With an uplink and `plain`, candidates that code and send an update more slowly than `plain`
     does are left out; if they all do, `plain` is chosen.
     """
     uplink = settings.uplink_mbps
     if uplink is None or plain is None:
-        return _least_error(settings, measured, layout, rounds)
+        return _least_error(settings, measured, layout, use)
 
     limit_s = _round_s(plain, uplink)
     worth = {name: each for name, each in measured.items() if _round_s(each, uplink) <= limit_s}
@@ -158,12 +188,12 @@ def choose(
             f"fastest ({times})",
         )
 
-    choice = _least_error(settings, worth, layout, rounds)
+    choice = _least_error(settings, worth, layout, use)
     return Choice(choice.codec, f"{choice.reason} ({times})")
 
 
 def _least_error(
-    settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, rounds: int
+    settings: AutoSettings, measured: Mapping[str, Measured], layout: Layout, use: Use
 ) -> Choice:
     """Return the candidate of least error, the learned one only where it repays its costs."""
     rate = settings.target(layout)
@@ -181,11 +211,15 @@ def _least_error(
     learned = measured.get(LEARNED)
 
     if learned is None:
-        why = (
-            "one bit per value or more, where no learned transform is worth its download"
-            if rate <= 32
-            else f"{LEARNED} cannot code this layout"
-        )
+        why = f"{LEARNED} cannot code this layout"
+        if rate <= 32:
+            why = "one bit per value or more, where no learned transform is worth its download"
+        elif not _may_repay(rate, layout, use):
+            why = (
+                f"a learned transform has a download of {_download(layout):,} B, more than it can "
+                f"save in {use.rounds} rounds"
+            )
+
         return Choice(
             best.codec,
             f"{why}: {best.codec.name} + error feedback has the smallest error ({_listed(plain)})",
@@ -209,21 +243,22 @@ def _least_error(
             f"error feedback at 1/{rate:g}",
         )
 
-    saved = saved_once * rounds
-    cost = DOWNLINK_PRICE * learned.published_bytes
-    if saved < cost:
+    saved = saved_once * use.rounds
+    price = "" if use.byte_down == 1 else f", of which each counts {use.byte_down:g} on this line"
+    download = f"download of {learned.published_bytes:,} B{price}"
+    if saved < use.byte_down * learned.published_bytes:
         return Choice(
             best.codec,
-            f"the learned transform gains {gain:.2f} dB but over {rounds} rounds saves "
-            f"{saved:,.0f} B up, less than a tenth of its download of "
-            f"{learned.published_bytes:,} B: {best.codec.name} + error feedback at 1/{rate:g}",
+            f"the learned transform gains {gain:.2f} dB but over {use.rounds} rounds saves "
+            f"{saved:,.0f} B up, less than its {download}: {best.codec.name} + error feedback at "
+            f"1/{rate:g}",
         )
 
     return Choice(
         learned.codec,
         f"the learned transform gains {gain:.2f} dB on held-out snapshots ({_listed(measured)}) "
-        f"and saves {saved:,.0f} B up over {rounds} rounds for a download of "
-        f"{learned.published_bytes:,} B: {LEARNED} + error feedback at 1/{rate:g}",
+        f"and saves {saved:,.0f} B up over {use.rounds} rounds for a {download}: {LEARNED} + error "
+        f"feedback at 1/{rate:g}",
     )
 
 

@@ -9,6 +9,9 @@ from fluvial.wire.tensors import Layout, Named, add, energy, scale, subtract
 RESIDUAL = "residual"
 """Slot of the residual; its values are the `round` of its making and the codec's `error`."""
 
+MOST_ERROR = 1e4
+"""Relative squared error that a site can report; an unbiased codec at a low rate exceeds 1."""
+
 
 def share_lost(lost: Named, coded: Named) -> float:
     """Return the relative squared error that a site reports: ||lost||^2 / ||coded||^2."""

@@ -6,11 +6,11 @@ earlier ones and measured on the later ones; under `codec.name = "auto"` each ca
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, read_settings
-from fluvial.codecs.auto import AutoSettings, Measured, Plain, Watch, candidates, choose
+from fluvial.codecs.auto import AutoSettings, Measured, Plain, Use, Watch, candidates, choose
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.klt.moments import MomentCodec, Moments
@@ -19,6 +19,7 @@ from fluvial.errors import ConfigError, GateError
 from fluvial.exchange import collecting, gate
 from fluvial.exchange.checks import needs_updates
 from fluvial.exchange.probe import Probe, fold
+from fluvial.exchange.recoding import feedback_error
 from fluvial.exchange.report import GateReport, explain
 from fluvial.exchange.representation import Representation, coded_object
 from fluvial.exchange.terms import Terms
@@ -73,9 +74,13 @@ class Snapshots:
 
         return kind.fit(settings, self.layout, objects, seed=self.seed)
 
-    def measure(self, codec: Codec) -> GateReport:
-        """Return what the codec does to held-out updates."""
-        return gate.measure(codec, self.training, self.heldout, self.representation)
+    def measure(self, codec: Codec, *, fed_back: bool = False) -> GateReport:
+        """Return what the codec does to held-out updates, and with `fed_back` after feedback."""
+        report = gate.measure(codec, self.training, self.heldout, self.representation)
+        if not fed_back:
+            return report
+        error = feedback_error(codec, self.heldout, self.representation)
+        return replace(report, feedback_error=error)
 
     def holders(self, settings: CodecSettings) -> Sequence[str]:  # noqa: ARG002 - nothing was sent
         """Return the sites to which measuring has brought the codec with these settings."""
@@ -109,12 +114,12 @@ class Sums:
             raise ConfigError(needs_updates(settings))
         return kind.fit_moments(settings, self.layout, self.moments)
 
-    def measure(self, codec: Codec) -> GateReport:
+    def measure(self, codec: Codec, *, fed_back: bool = False) -> GateReport:
         """See `Snapshots`; a site that decodes must hold the decoder."""
         messages = dict.fromkeys(self.fleet.sites, published(codec, 1, decoder=True))
 
         def read(_site: str, reply: Payload) -> Probe:
-            return Probe.read(reply, most=self.num_heldout)
+            return Probe.read(reply, most=self.num_heldout, fed_back=fed_back)
 
         replies = list(self.fleet.ask("probe", messages, round=0, read=read, alone=False))
         replies = self._plausible(replies)
@@ -184,14 +189,14 @@ class Chosen:
 
 
 def choose_codec(
-    settings: AutoSettings, updates: Snapshots | Sums, layout: Layout, rounds: int
+    settings: AutoSettings, updates: Snapshots | Sums, layout: Layout, use: Use
 ) -> Chosen:
     """Return the best of the candidates that can be fitted; raise `ConfigError` if none can."""
     measured: dict[str, Measured] = {}
     fitted: dict[str, tuple[Codec, GateReport]] = {}
     timed = settings.uplink_mbps is not None and settings.rate is None
 
-    for values in candidates(settings, layout):
+    for values in candidates(settings, layout, use):
         try:
             candidate: CodecSettings = read_settings(values)
             codec = updates.fit(candidate)
@@ -199,7 +204,7 @@ def choose_codec(
             logger.info("auto: %s is no candidate: %s", values["name"], error)
             continue
 
-        report = updates.measure(codec)
+        report = updates.measure(codec, fed_back=candidate.error_feedback)
         fitted[candidate.name] = codec, report
         measured[candidate.name] = _measured(codec, report, timed=timed)
 
@@ -208,11 +213,12 @@ def choose_codec(
         raise ConfigError(f"codec: no codec reaches rate {rate:g} on this layout")
 
     plain = _plain(settings, layout) if timed else None
-    choice = choose(settings, measured, layout, rounds, plain)
+    choice = choose(settings, measured, layout, use, plain)
     logger.info("auto: %s", choice.reason)
     if choice.codec.name not in fitted:
         codec = updates.fit(choice.codec)
-        fitted[choice.codec.name] = codec, updates.measure(codec)
+        report = updates.measure(codec, fed_back=choice.codec.error_feedback)
+        fitted[choice.codec.name] = codec, report
 
     codec, report = fitted[choice.codec.name]
     reason: dict[str, Value] = {
@@ -263,7 +269,7 @@ def _measured(codec: Codec, report: GateReport, *, timed: bool) -> Measured:
 
     return Measured(
         codec=codec.settings,
-        error=report.errors.all,
+        error=report.errors.all if report.feedback_error is None else report.feedback_error,
         frame_bytes=report.bytes_per_update,
         published_bytes=published_bytes,
         aggregate_error=report.errors.aggregate,

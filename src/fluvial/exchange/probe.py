@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from fluvial.codecs.base import Codec, Snapshot
 from fluvial.errors import WireError
-from fluvial.exchange.recoding import Recoded
+from fluvial.exchange.feedback import MOST_ERROR
+from fluvial.exchange.recoding import Recoded, feedback_error
 from fluvial.exchange.report import Errors, GateReport, shortcomings
 from fluvial.exchange.representation import Representation
 from fluvial.wire.payload import Payload
@@ -40,10 +41,17 @@ class Probe:
     """Largest ratio of the error's norm to the update's."""
     shuffled: float | None
     """Squared error when each snapshot is guessed by another's frame; None if there is only one."""
+    fed_back: float | None = None
+    """Mean relative error after some rounds of error feedback, where codecs are compared by it."""
 
     @classmethod
     def of(
-        cls, codec: Codec, heldout: Sequence[Snapshot], representation: Representation
+        cls,
+        codec: Codec,
+        heldout: Sequence[Snapshot],
+        representation: Representation,
+        *,
+        fed_back: bool = False,
     ) -> "Probe":
         """Code and decode `heldout`, which must not be empty."""
         recoded = Recoded.of(codec, heldout, representation)
@@ -61,6 +69,7 @@ class Probe:
             cosine=math.fsum(recoded.cosines),
             contraction=recoded.contraction,
             shuffled=math.fsum(shuffled) if len(heldout) > 1 else None,
+            fed_back=feedback_error(codec, heldout, representation) if fed_back else None,
         )
 
     SIZES: ClassVar = ("mean length of an update", "contraction", "error with frames shuffled")
@@ -76,8 +85,8 @@ class Probe:
         return Payload(values=asdict(self))
 
     @classmethod
-    def read(cls, payload: Payload, *, most: int) -> "Probe":
-        """Return what `payload` made, for at most `most` snapshots.
+    def read(cls, payload: Payload, *, most: int, fed_back: bool = False) -> "Probe":
+        """Return what `payload` made, for at most `most` snapshots, as `of` with `fed_back` does.
 
         Raises `WireError` for values that cannot be such sums.
         """
@@ -94,7 +103,8 @@ class Probe:
             name: payload.value(name, float)
             for name in ("lost_a", "lost_b", "energy_a", "energy_b", "contraction")
         }
-        excess = set(payload.values) - {"count", "bytes", "cosine", "shuffled", *sums}
+        known = {"count", "bytes", "cosine", "shuffled", "fed_back", *sums}
+        excess = set(payload.values) - known
         if payload.tensors or excess:
             raise WireError(f"probe: more than its sums: {sorted(excess)!r:.80}")
 
@@ -123,7 +133,11 @@ class Probe:
         if not abs(cosine) <= 1.001 * count:
             raise WireError(f"probe: cosines of {count} snapshots add up to {cosine}")
 
-        return cls(count, size, **sums, cosine=cosine, shuffled=shuffled)
+        error = payload.number("fed_back", 0.0, MOST_ERROR) if fed_back else None
+        if not fed_back and payload.values.get("fed_back") is not None:
+            raise WireError("probe: fed_back was not asked for")
+
+        return cls(count, size, **sums, cosine=cosine, shuffled=shuffled, fed_back=error)
 
 
 def fold(probes: Sequence[Probe], layout: Layout, representation: Representation) -> GateReport:
@@ -147,6 +161,7 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
     mixed = _Pair.sum(shuffled).error if shuffled else None
     contraction = max(probe.contraction for probe in probes)
     mean_cosine = math.fsum(probe.cosine for probe in probes) / count
+    fed_back = [(probe.fed_back, probe.count) for probe in probes if probe.fed_back is not None]
     # Of the state's own error only the sites know the reference, the norm of the adapter.
     is_delta = representation == "delta"
     snr = (both.energy / both.lost if both.lost > 0 else 1e30) if is_delta else None
@@ -175,6 +190,7 @@ def fold(probes: Sequence[Probe], layout: Layout, representation: Representation
         contraction=contraction,
         failed=shortcomings(True, contraction, errors, {"zero": zero}, mixed),
         reproduction=reproduction,
+        feedback_error=math.fsum(error * n for error, n in fed_back) / count if fed_back else None,
     )
 
 

@@ -1,12 +1,19 @@
 """Snapshots after coding and decoding, on which gate and probe measure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluvial.codecs.base import Codec, Snapshot
+from fluvial.exchange.coding import NOTHING, Coder, State
+from fluvial.exchange.feedback import RESIDUAL, Feedback
 from fluvial.exchange.representation import Representation, coded_object, innovation
 from fluvial.exchange.weighting import weighted
 from fluvial.wire.tensors import Named, cosine, norm, subtract
+
+PASSES = 6
+"""Times that an update is coded with error feedback; the later half of them counts (ours: on the
+quick start the error of klt_trellis rises for four passes, from 0.25 to 0.5)."""
 
 
 @dataclass(frozen=True)
@@ -75,3 +82,29 @@ class Recoded:
             norm(error) / max(norm(update), 1e-30)
             for error, update in zip(self.lost, self.updates, strict=True)
         )
+
+
+def feedback_error(
+    codec: Codec, heldout: Sequence[Snapshot], representation: Representation
+) -> float:
+    """Return the mean relative squared error after some rounds of error feedback.
+
+    What a round did not carry is added to the next update, which makes it unlike the updates that a
+    learned codec was fitted to. Each update of `heldout` is coded `PASSES` times in a row, as if
+    the same one came in every round.
+    """
+    errors = []
+
+    for snapshot in heldout:
+        update = coded_object(snapshot.received, snapshot.update, representation)
+        coder: Coder = Feedback(
+            weighted(codec, snapshot.received), decay=codec.settings.feedback_decay
+        )
+        state: State = NOTHING
+
+        for number in range(PASSES):
+            _, state = coder.encode(update, state, seed=number, round=number)
+            if number >= PASSES // 2:
+                errors.append(state[RESIDUAL].value("error", float))
+
+    return math.fsum(errors) / len(errors)

@@ -76,6 +76,9 @@ class GateReport:
     """Reasons why the codec does not carry updates, by our criteria; empty where it does."""
     reproduction: dict[str, bool]
     """Criteria of the reproduction, and whether each is met."""
+    feedback_error: float | None = None
+    """Mean relative error after some rounds of error feedback, where `auto` compared codecs by
+    it."""
 
     @property
     def snr_db(self) -> float | None:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from fluvial.codecs import must_learn
+from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.base import Snapshot
 from fluvial.codecs.klt.moments import Moments
 from fluvial.codecs.quantise import Identity
@@ -82,7 +83,8 @@ def probe(site: Site, message: Payload, terms: Terms) -> Payload:
         raise WireError(f"site {site.name!r} holds no snapshots to measure a codec on")
 
     codec = site_codec(site, Layout.of(heldout[0].update))
-    return Probe.of(codec, heldout, terms.representation).payload()
+    fed_back = isinstance(site.codec, AutoSettings) and codec.settings.error_feedback
+    return Probe.of(codec, heldout, terms.representation, fed_back=fed_back).payload()
 
 
 def join_snapshots(snapshots: Sequence[Snapshot]) -> Payload:

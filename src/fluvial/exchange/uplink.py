@@ -12,12 +12,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from fluvial.codecs import CODECS, CodecSettings, build, must_learn, read_settings
-from fluvial.codecs.auto import PATIENCE, AutoSettings, Watch, candidates
+from fluvial.codecs.auto import PATIENCE, AutoSettings, Use, Watch, candidates
 from fluvial.codecs.base import AdaptiveCodec, Codec, LearnedCodec, RatedCodec
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.exchange import fitting
 from fluvial.exchange.coding import Coder
-from fluvial.exchange.feedback import Feedback, ResizedFeedback
+from fluvial.exchange.feedback import MOST_ERROR, Feedback, ResizedFeedback
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.exchange.moving import MovingFeedback
 from fluvial.exchange.rates import RateControl
@@ -31,9 +31,6 @@ from fluvial.wire.payload import Payload, Value, join, payload_frame, split
 from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
-
-_MOST_ERROR = 1e4
-"""Relative squared error that a site can report; an unbiased codec at a low rate exceeds 1."""
 
 
 def coder_of(
@@ -118,7 +115,7 @@ class Uplink:
         updates = fitting.collect(self.context, self.terms, fleet)
         metrics: Metrics = {}
         if isinstance(self.settings, AutoSettings):
-            chosen = fitting.choose_codec(self.settings, updates, self.layout, self.context.rounds)
+            chosen = fitting.choose_codec(self.settings, updates, self.layout, self._use)
             self.codec = chosen.codec
             self.settings = chosen.codec.settings
             self.watch = chosen.watch
@@ -140,6 +137,13 @@ class Uplink:
             fleet.require_quorum(INSTALL, 0, answered=len(ready), asked=len(fleet.sites))
 
         return {**metrics, "gate": report.values()}
+
+    @property
+    def _use(self) -> Use:
+        """Return what the run makes of a codec, with a byte's price by its time on the line."""
+        line = self.context.line
+        byte_down = 1.0 if line is None else line.up_mbit_s / line.down_mbit_s
+        return Use(self.context.rounds, byte_down)
 
     # -- rounds -----------------------------------------------------------------------------------
 
@@ -184,7 +188,7 @@ class Uplink:
         frame = payload_frame(reply)
         error = None
         if reports_error(self.settings):
-            error = reply.number("e", 0.0, _MOST_ERROR)
+            error = reply.number("e", 0.0, MOST_ERROR)
 
         update = self._coder.decode(frame, round=round)
         return Decoded(update, error)
@@ -237,7 +241,7 @@ class Uplink:
         was = self.settings.name
         if verdict == "plain":
             assert isinstance(self.context.codec, AutoSettings), "only auto watches"
-            settings = candidates(self.context.codec, self.layout)
+            settings = candidates(self.context.codec, self.layout, self._use)
             plain = next(one for one in settings if not CODECS[str(one["name"])].learned)
             self.settings = read_settings(plain)
             name = self.settings.name

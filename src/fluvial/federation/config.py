@@ -37,7 +37,7 @@ class FleetConfig(Settings):
     """Seconds that a deployed run waits for its sites to join."""
     line: Line | None = None
     """Line between a site and the server, from which `fluvial check` predicts the time of a round;
-    a run uses it for `budget.run_s` only."""
+    a run uses it for `budget.run_s`, and for the price of a download under codec "auto"."""
     deadline_s: float | None = Field(None, ge=0.001, le=10**7)
     """Seconds after which a site that was asked and has not answered has failed. A site that
     converses waits for an answer as long as others may let it wait by this deadline (default

@@ -26,6 +26,7 @@ from fluvial.exchange import check_codec, collecting, gate, tgap_tasks
 from fluvial.exchange import report as gate_report
 from fluvial.exchange.ensemble import loaded
 from fluvial.exchange.probe import Probe, fold
+from fluvial.exchange.recoding import PASSES, feedback_error
 from fluvial.exchange.tgap import TgapConfig, split_by_time
 from fluvial.federation.fleet import Fleet
 from fluvial.report import round_lines
@@ -34,7 +35,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.storage.run_files import read_run
 from fluvial.wire.payload import Limits, Payload
-from fluvial.wire.tensors import Layout, Named, only, relative_error, scale
+from fluvial.wire.tensors import Layout, Named, add, energy, only, relative_error, scale, subtract
 from tests.support.runs import run_table, run_with_stops
 from tests.support.updates import attention_layout
 from tests.unit.codecs.test_klt import HELD_OUT, LAYOUT, SEEN
@@ -201,6 +202,27 @@ def test_whatever_is_accepted_fits_a_working_codec(seed: int) -> None:
     assert relative_error(SEEN[5], codec.decode(codec.encode(SEEN[5]))) < 1
 
 
+# -- error feedback ----------------------------------------------------------------------------
+
+
+def test_the_error_after_feedback_is_that_of_the_same_update_in_every_round() -> None:
+    """The passes are written out here; only the later half of them counts."""
+    codec = Klt.fit(KltSettings(rate=16), LAYOUT, SEEN, seed=0)
+    update = SEEN[3]
+    residual = scale(update, 0.0)
+    errors = []
+    for number in range(PASSES):
+        coded = add(update, residual)
+        decoded = codec.decode(codec.encode(coded, seed=number, round=number))
+        residual = subtract(coded, decoded)
+        errors.append(energy(residual) / energy(coded))
+
+    heldout = [Snapshot("s0", 7, residual, update)]
+    expected = sum(errors[PASSES // 2 :]) / (PASSES - PASSES // 2)
+    assert feedback_error(codec, heldout, "delta") == pytest.approx(expected)
+    assert errors[-1] > errors[0]  # feedback makes an update unlike those of the fit
+
+
 # -- probes --------------------------------------------------------------------------------------
 
 
@@ -215,10 +237,15 @@ def test_probes_fold_into_what_the_server_would_have_measured() -> None:
     ]
     direct = gate.measure(codec, [Snapshot("s0", 1, zero, SEEN[5])], heldout, "delta")
     probes = [
-        Probe.of(codec, [s for s in heldout if s.site == site], "delta") for site in ("s0", "s1")
+        Probe.of(codec, [s for s in heldout if s.site == site], "delta", fed_back=True)
+        for site in ("s0", "s1")
     ]
-    probes = [Probe.read(Payload.from_bytes(each.payload().to_bytes()), most=2) for each in probes]
+    probes = [
+        Probe.read(Payload.from_bytes(each.payload().to_bytes()), most=2, fed_back=True)
+        for each in probes
+    ]
     folded = fold(probes, LAYOUT, "delta")
+    assert folded.feedback_error == pytest.approx(feedback_error(codec, heldout, "delta"))
 
     for name in ("a", "b", "all"):
         assert getattr(folded.errors, name) == pytest.approx(getattr(direct.errors, name))

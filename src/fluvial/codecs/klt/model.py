@@ -54,17 +54,7 @@ class Model:
     def check(cls, layout: Layout, share: float, payload: Payload) -> "Model":
         """Return the model of a published payload; raises `WireError` if a tensor is missing, left
         over or of another form."""
-        factors = factors_of(layout)
-        expected = {
-            "tops": (torch.int8, sum(n * num_published(n, share) for n in basis_features(factors))),
-            "rotations": (torch.int8, sum(factor.rank**2 for factor in factors)),
-            "rows": (torch.int8, sum(factor.rank for factor in factors)),
-            "cols": (torch.int8, sum(factor.features for factor in factors)),
-            "groups": (torch.int16, 1 + max(factor.group for factor in factors)),
-            "counts": (torch.int16, LEARNED * KNOWN),
-            "centroids": (torch.int8, LEARNED * (KNOWN - 1)),
-        }
-
+        expected = _forms(layout, share)
         if set(payload.tensors) != set(expected):
             raise WireError(
                 f"klt: expected tensors {sorted(expected)}, found {sorted(payload.tensors)[:8]}"
@@ -83,3 +73,22 @@ class Model:
             raise WireError("klt: counts: a frequency is below 1")
 
         return cls(**payload.tensors)
+
+
+def published_bytes(layout: Layout, share: float) -> int:
+    """Return the bytes of the numbers that a transform of `layout` publishes, before any fit."""
+    return sum(dtype.itemsize * length for dtype, length in _forms(layout, share).values())
+
+
+def _forms(layout: Layout, share: float) -> dict[str, tuple[torch.dtype, int]]:
+    """Return the type and the length of each published tensor."""
+    factors = factors_of(layout)
+    return {
+        "tops": (torch.int8, sum(n * num_published(n, share) for n in basis_features(factors))),
+        "rotations": (torch.int8, sum(factor.rank**2 for factor in factors)),
+        "rows": (torch.int8, sum(factor.rank for factor in factors)),
+        "cols": (torch.int8, sum(factor.features for factor in factors)),
+        "groups": (torch.int16, 1 + max(factor.group for factor in factors)),
+        "counts": (torch.int16, LEARNED * KNOWN),
+        "centroids": (torch.int8, LEARNED * (KNOWN - 1)),
+    }
