@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fluvial.methods.fedpipe.planner.formats import FORMATS, layered
 from fluvial.methods.fedpipe.planner.memory import MemoryModel, base_bytes
 from fluvial.methods.fedpipe.planner.mixing import mixtures, with_error
 from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
+from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.planner.settings import PlannerSettings
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
 from fluvial.methods.fedpipe.profiles import read_profile
@@ -182,15 +183,19 @@ def test_a_profile_has_errors_of_every_layer_and_format_that_plans_mix() -> None
         profile = models(errors=errors).profile
         return Payload.from_bytes(Payload(values=profile.to_values()).to_bytes())
 
+    def read(reply: Payload, formats: Sequence[str], held: str = "bfloat16") -> Profile:
+        return read_profile("a", reply, held=(held,), formats=formats, layers=2)
+
     good = {"nf4": (0.1, 0.2), "int8": (0.01, 0.02)}
-    read = read_profile("a", reply(good), formats=("nf4", "int8"), layers=2)
-    assert read.errors == good
+    assert read(reply(good), ("nf4", "int8")).errors == good
     for wrong in ({}, {"nf4": (0.1, 0.2)}, {**good, "nf4": (0.1,)}):
         with pytest.raises(WireError, match="expected 2 layers in each of the formats nf4, int8"):
-            read_profile("a", reply(wrong), formats=("nf4", "int8"), layers=2)
+            read(reply(wrong), ("nf4", "int8"))
     for broken in ({"float32": (0.1, 0.2)}, {"nf4": (-0.1, 0.2)}, {"nf4": (2e3, 0.2)}):
         with pytest.raises(WireError, match="errors"):
-            read_profile("a", reply(broken), formats=("nf4",), layers=2)
+            read(reply(broken), ("nf4",))
+    with pytest.raises(WireError, match="one of the formats float32, found bfloat16"):
+        read(reply(good), ("nf4", "int8"), held="float32")
 
 
 def test_a_site_refuses_layers_in_a_format_that_the_settings_do_not_mix(tiny_model: Path) -> None:

@@ -19,8 +19,10 @@ from fluvial.federation.sites import Task
 from fluvial.methods.exporting import Export, Reporting
 from fluvial.methods.measuring import Measures
 from fluvial.methods.traffic import Traffic
+from fluvial.models.assignment import Assignment
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import Tuning
+from fluvial.models.pool import ModelPool
 from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
@@ -279,6 +281,9 @@ class Method:
     settled: Callable[[Any, Given], MethodSettings] = lambda config, _: config
     """Return settings in which everything is chosen that the configuration leaves open; raises
     `ConfigError` where nothing fits."""
+    held: Callable[[Any, ModelPool, str, float | None], Assignment | None] = lambda *_: None
+    """Return the assignment with which a site of this name and memory (10^6 bytes) holds the base
+    when it joins a run; None for the run's own."""
 
 
 __all__ = [

@@ -137,8 +137,9 @@ class ModelPool:
                 self._parts[cut, server] = PartPool(self.config, self.tuning, cut, server=server)
             return self._parts[cut, server]
 
-    def load(self) -> None:
-        """Load tokenizer and base now; raises `ConfigError` where one of them cannot be used."""
+    def load(self, assignment: Assignment | None = None) -> None:
+        """Load tokenizer and base now, for another assignment than the run's own where one is
+        given; raises `ConfigError` where one of them cannot be used."""
         if self.full:
             check_weights(self.config, self.outline.base)
             self.blank()
@@ -146,7 +147,7 @@ class ModelPool:
         elif isinstance(self.tuning, PartTuning):
             self._base().share()  # whose cut may be open
         else:
-            self._template(self.outline.assignment)
+            self._template(assignment or self.outline.assignment)
 
         _ = self.tokenizer
 
@@ -157,9 +158,9 @@ class ModelPool:
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
 
-    def check_packing(self) -> None:
+    def check_packing(self, assignment: Assignment | None = None) -> None:
         """Load the base, and raise `ConfigError` if packed records would read each other."""
-        with self.model(self.base_state()) as model:
+        with self.model(self.base_state(), assignment=assignment) as model:
             check_packing(model, self.config.name_or_path)
 
     def _base(self, assignment: Assignment | None = None) -> Base:

@@ -40,6 +40,7 @@ def site_plans_table(planned: JsonObject) -> Group:
         if site["plan"] is None
     ]
 
+    notes += _other_formats(planned)
     method = planned["method"]
     notes.append(f"method: {method['name'] or 'none'}; {method['why']}")
     codec = planned["codec"]
@@ -73,12 +74,21 @@ def site_plans_table(planned: JsonObject) -> Group:
 
 
 def plan_lines(values: JsonObject) -> list[str]:
-    """Return a line about the plan of each site, with rich markup; none without plans."""
-    return [
-        escape(
-            f"plan of {row[0]}: {row[1]}, batch {row[2]}, {row[3]} steps, weights at rank: {row[5]}"
-        )
+    """Return a line about the plan of each site, and about a base that is measured in another
+    format than the run's, with rich markup; none without plans."""
+    lines = [
+        f"plan of {row[0]}: {row[1]}, batch {row[2]}, {row[3]} steps, weights at rank: {row[5]}"
         for row in _plan_rows(values.get("plans", {}))
+    ]
+    return [escape(line) for line in [*lines, *_other_formats(values)]]
+
+
+def _other_formats(values: JsonObject) -> list[str]:
+    """Return a sentence about each site that has no room for the base in the run's own format."""
+    return [
+        f"{safe_text(site)} has no room for the base in the run's own format: its profile, its "
+        f"probe and its held-out measures are of the base in {format}"
+        for site, format in sorted(values.get("measured_in", {}).items())
     ]
 
 
@@ -98,6 +108,7 @@ def plans_by_site(setup: JsonObject) -> Excerpt | None:
         return None
 
     words = "Plans of the set-up; a plan that was made anew stands in the record of its round."
+    words = " ".join([words, *(f"{line}." for line in _other_formats(setup))])
     return Excerpt("Plan of each site", PLAN_HEADINGS, _plan_rows(plans), left=1, words=words)
 
 

@@ -58,8 +58,8 @@ def site_plans(config: RunConfig) -> dict[str, Any]:
         run = Run(config, files, pool, texts, _without_files)
         server = run.server
         assert isinstance(server, FedPipeServer)
-        plans = server.setup(run.fleet)["plans"]
-        return _described(config, server, plans, run.fleet, pool, len(texts.names))
+        setup = server.setup(run.fleet)
+        return _described(config, server, setup, run.fleet, pool, len(texts.names))
 
 
 def _without_files(config: RunConfig, _folder: RunFolder, pool: ModelPool, texts: Texts) -> Fleet:
@@ -77,12 +77,12 @@ LEAST_QUORUM = 1e-9
 def _described(
     config: RunConfig,
     server: FedPipeServer,
-    plans: Mapping[str, Any],
+    setup: Mapping[str, Any],
     fleet: Fleet,
     pool: ModelPool,
     sites: int,
 ) -> dict[str, Any]:
-    """Return the `plans` of a server half after its set-up, and what suits the sites."""
+    """Return the plans of a server half after its `setup`, and what suits the sites."""
     deciding = server.deciding
     models = {site: deciding.models(profile) for site, profile in server.profiles.items()}
     planners = deciding.planners(server.scores, server.profiles)
@@ -113,11 +113,12 @@ def _described(
             {
                 "name": site,
                 "limits": _limits(server.profiles.get(site), server.plans.get(site)),
-                "plan": plans.get(site),
+                "plan": setup["plans"].get(site),
                 "refused": _reason(refusals.get(site), failed.get(site)),
             }
             for site in fleet.sites
         ],
+        "measured_in": setup.get("measured_in", {}),
         "gap": max(
             (
                 planners[site].gap(models[site], plan, deadline_s)
@@ -166,7 +167,7 @@ def _limits(profile: Profile | None, plan: SitePlan | None) -> dict[str, Any] | 
     if profile is None:
         return None
 
-    curve = profile.speeds[min(profile.speeds)]
+    curve = profile.speeds[profile.format]
     batch = curve[0].batch if plan is None else plan.setting.batch
     return {
         "memory_bytes": profile.memory_bytes,

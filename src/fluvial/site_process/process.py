@@ -211,9 +211,10 @@ class SiteProcess:
         key = f"{config.model!r} {config.adapter!r} {config.data.packing}"
         if key not in self._pools:
             pool = ModelPool(config.model, config.adapter)
-            pool.load()
+            held = config.entry.held(config.method, pool, self._name(config), self.site.memory_mb)
+            pool.load(held)
             if config.data.packing and not pool.full:  # else the server checks the whole model
-                pool.check_packing()
+                pool.check_packing(held)
             self._pools = {key: pool}  # one base at a time
         return self._pools[key]
 

@@ -11,18 +11,26 @@ steps; their formulas are our concretisation, since it publishes neither formula
 """
 
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.measure import held
 from fluvial.methods.fedpipe.planning import plan
 from fluvial.methods.fedpipe.server import FedPipeServer
-from fluvial.methods.fedpipe.tasks import configure, probe, profile, train
+from fluvial.methods.fedpipe.tasks import configure, evaluate, probe, profile, train
 from fluvial.methods.interface import Method, Traits
 
 METHOD = Method(
     FedPipeConfig,
     FedPipeServer,
-    {"profile": profile, "probe": probe, "configure": configure, "train": train},
+    {
+        "profile": profile,
+        "probe": probe,
+        "configure": configure,
+        "train": train,
+        "evaluate": evaluate,
+    },
     paper="Fang, Lin, Chen, Chen, Gao, Fang, Automated Federated Pipeline for Parameter-Efficient "
     "Fine-Tuning of Large Language Models (FedPipe), IEEE TMC 2026, "
     "https://arxiv.org/abs/2404.06448",
     plan=plan,
     traits=Traits("FedPipe", receives="downlink", weighted=True),
+    held=held,
 )

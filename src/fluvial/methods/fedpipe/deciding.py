@@ -11,10 +11,10 @@ from fluvial.codecs.forecast import frame_size
 from fluvial.federation.adapters import AggregationSettings
 from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.measure import smallest
+from fluvial.methods.fedpipe.holding import smallest
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
-from fluvial.methods.fedpipe.planner.formats import Format, layered
+from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, layered
 from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel, MemoryPoint
 from fluvial.methods.fedpipe.planner.plan import SitePlan
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -83,10 +83,18 @@ class Deciding:
 
     @property
     def format(self) -> Format:
-        """Return the format in which sites measure, the run's own."""
+        """Return the run's own format, in which sites measure that have room for it."""
         own = layered(format_of(self.run), layers_of(self.run))
         whole = tuple(enumerate(own.by_layer(self.sizes.layers)))
         return replace(own, layers=whole if own.layers else ())
+
+    def other_formats(self, profiles: Mapping[str, Profile]) -> dict[str, str]:
+        """Return the formats in which sites measured that have no room for the run's own."""
+        return {
+            site: profile.format
+            for site, profile in sorted(profiles.items())
+            if profile.format != self.format.name
+        }
 
     @property
     def lora(self) -> int:
@@ -100,8 +108,17 @@ class Deciding:
 
     def read_profile(self, site: str, reply: Payload) -> Profile:
         """Return the profile in a reply; raises `WireError` for one that no honest site sends."""
-        formats = self.settings.measured_formats
-        return read_profile(site, reply, formats=formats, layers=self.sizes.layers)
+        return read_profile(
+            site,
+            reply,
+            held={self.format.name, *self.settings.formats},
+            formats=self.settings.measured_formats,
+            layers=self.sizes.layers,
+        )
+
+    def held(self, profile: Profile) -> Format:
+        """Return the format in which a site measured."""
+        return self.format if self.format.name in profile.speeds else FORMATS[profile.format]
 
     def side_parameters(self, module: str, rank: int) -> int:
         """Return the parameters of a module's side path of `rank`."""
@@ -154,7 +171,7 @@ class Deciding:
                 peak.batch,
                 peak.length,
                 peak.checkpointing,
-                self.format,
+                self.held(profile),
                 self.measured,
                 peak.bytes,
             )

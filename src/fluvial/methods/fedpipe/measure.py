@@ -6,7 +6,7 @@ A limit or a rate that the run's `method.budgets` gives takes the place of the m
 import os
 import resource
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from fluvial.errors import ConfigError
 from fluvial.federation.sites import Site
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.format_errors import layer_errors
+from fluvial.methods.fedpipe.holding import holdings, smallest
 from fluvial.methods.fedpipe.planner.profile import (
     LEAST_RATE,
     MOST_RATE,
@@ -32,6 +33,7 @@ from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.methods.fedpipe.site_configuration import format_of
 from fluvial.methods.fedpipe.step_times import StepTimer, fixed_s, spread_rows
 from fluvial.models.assignment import Assignment
+from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import checkpointed_layers, tuned_parameters
 from fluvial.training.config import TrainConfig
@@ -48,12 +50,19 @@ DIGITS = 4
 
 
 def measured(site: Site, config: FedPipeConfig) -> Profile:
-    """Return the profile of a site: measured, where its budget gives no limit or rate."""
+    """Return the profile of a site: measured, where its budget gives no limit or rate.
+
+    The base is in the format in which the site holds it. Where no sequence fits whole beside it, it
+    is in the smallest format that a plan may have.
+    """
     budget = config.budget(site.name)
     examples = site.load().train
-    limits = [limit for limit in (budget.memory_mb, site.memory_mb) if limit is not None]
-    memory = int(min(limits) * MEGA) if limits else memory_limit()
-    passes = _passes(site, config, budget, examples, memory)
+    memory = memory_of(config, site.name, site.memory_mb)
+    for held in holdings(config, site.pool, memory):
+        site.assigned = replace(held, batch=site.train.per_device_train_batch_size)
+        passes = _passes(site, config, budget, examples, memory)
+        if passes.whole:
+            break
 
     return Profile(
         memory_bytes=memory,
@@ -67,6 +76,22 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
         peaks=passes.peaks,
         errors=layer_errors(site.pool, config.planner.measured_formats),
     )
+
+
+def held(config: FedPipeConfig, pool: ModelPool, site: str, memory_mb: float | None) -> Assignment:
+    """Return the run's assignment in the format in which a site holds the base, of which nothing
+    was measured yet; `memory_mb` is the limit of the site's own file."""
+    if not config.planner.formats:
+        return pool.outline.assignment
+    return holdings(config, pool, memory_of(config, site, memory_mb))[0]
+
+
+def memory_of(config: FedPipeConfig, site: str, memory_mb: float | None) -> int:
+    """Return the most bytes of a site: the lower limit of its budget and its file, else what the
+    machine allows."""
+    budget = config.budget(site)
+    limits = [limit for limit in (budget.memory_mb, memory_mb) if limit is not None]
+    return int(min(limits) * MEGA) if limits else memory_limit()
 
 
 def memory_limit() -> int:
@@ -118,6 +143,8 @@ class Passes:
     """Memory of two passes, each without and with checkpointing; none where no pass fits."""
     fixed_s: float
     """Seconds of a round beside its steps."""
+    whole: bool
+    """True where a sequence fits whole, as long as the longest."""
 
 
 def _passes(
@@ -142,7 +169,7 @@ def _passes(
 
     with site.pool.model(state, trainable="A and B", assignment=assignment) as model:
         if fixed_bytes(model) > memory:
-            return Passes((Speed(1, budget.tokens_s or LEAST_RATE),), (), 0.0)
+            return Passes((Speed(1, budget.tokens_s or LEAST_RATE),), (), 0.0, False)
 
         timer = StepTimer(model, site.train, pad)
 
@@ -164,10 +191,16 @@ def _passes(
         whole = [peak for batch in fitting for peak in measure(batch, length)]
         peaks = tuple(whole if len(fitting) == 2 else short)
         room = tokens_within(peaks, memory, length)
+        most = room
+        if config.planner.checkpointing != "never":
+            most = max(room, tokens_within(peaks, memory, length, checkpointing=True))
+        fits = length <= most
 
         if budget.tokens_s is not None:
             fitting = [batch for batch in batches if batch * length <= room] or [1]
-            return Passes(tuple(Speed(batch, budget.tokens_s) for batch in fitting), peaks, 0.0)
+            return Passes(
+                tuple(Speed(batch, budget.tokens_s) for batch in fitting), peaks, 0.0, fits
+            )
 
         speeds: list[Speed] = []
         for batch in batches:
@@ -180,14 +213,7 @@ def _passes(
 
     speeds = speeds or [Speed(1, LEAST_RATE)]
     beside_s = fixed_s(site, initial_state(site.layout, site.seed), timer.longest_s)
-    return Passes(tuple(speeds), peaks, _rounded(beside_s / budget.speed))
-
-
-def smallest(run: Assignment, ranks: Sequence[int]) -> Assignment:
-    """Return the assignment with which sites measure: all weights at the smallest of the planner's
-    `ranks`, because a site may have no room for the run's own."""
-    least = min(ranks)
-    return run.with_ranks({name: min(least, rank) for name, rank in run.ranks})
+    return Passes(tuple(speeds), peaks, _rounded(beside_s / budget.speed), fits)
 
 
 def _labelled(example: Example, length: int) -> Example:

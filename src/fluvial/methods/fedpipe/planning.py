@@ -11,6 +11,7 @@ from fluvial.federation.sites import factor_layout
 from fluvial.formatting import human_bytes
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.holding import WIDTHS
 from fluvial.methods.fedpipe.planner.formats import FORMATS, formats_named, layered
 from fluvial.methods.fedpipe.planner.memory import base_bytes
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
@@ -148,10 +149,6 @@ def _check_memory(config: FedPipeConfig, given: Given) -> None:
                 "format to method.planner.formats, or set fleet.on_failure='skip' to go on without "
                 "such a site"
             )
-
-
-WIDTHS = {"float32": 4, "bfloat16": 2}
-"""Bytes of a value of a base by its precision."""
 
 
 def _check_labels(config: FedPipeConfig, given: Given) -> None:

@@ -16,11 +16,25 @@ MBIT = 10**6 / 8
 """Bytes of 10^6 bits."""
 
 
-def read_profile(_site: str, reply: Payload, *, formats: Collection[str], layers: int) -> Profile:
-    """Return the profile in a reply, which has errors of these `formats` for each of the `layers`;
-    raises `WireError` for one that no honest site sends."""
+def read_profile(
+    _site: str,
+    reply: Payload,
+    *,
+    held: Collection[str],
+    formats: Collection[str],
+    layers: int,
+) -> Profile:
+    """Return the profile in a reply: measured in one of the formats `held` of the base, with errors
+    of these `formats` for each of the `layers`; raises `WireError` for one that no honest site
+    sends."""
     fields(reply, (KEY,))
     profile = Profile.from_values(reply.values)
+    measured = sorted(profile.speeds)
+    if len(measured) > 1 or measured[0] not in held:
+        raise WireError(
+            f"{KEY}.speeds: expected one of the formats {', '.join(sorted(held))}, found "
+            f"{', '.join(measured)}"
+        )
     counts = {name: len(errors) for name, errors in profile.errors.items()}
     if counts != dict.fromkeys(formats, layers):
         raise WireError(

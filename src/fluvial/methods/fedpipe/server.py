@@ -143,7 +143,9 @@ class FedPipeServer(SharedModelServer):
         self._configure()
         shown = {site: self._predicted(site).to_json() for site in sorted(self.plans)}
         scores = {"scores": self.scores.score} if self.scores.score else {}
-        return {"plans": shown, **scores, **metrics}
+        formats = self.deciding.other_formats({site: self.profiles[site] for site in shown})
+        measured_in = {"measured_in": formats} if formats else {}
+        return {"plans": shown, **measured_in, **scores, **metrics}
 
     def _measure(self, fleet: Fleet, sites: Sequence[str], round: int) -> dict[str, Profile]:
         """Return what sites measure, with the rates of the run's line.

@@ -13,16 +13,19 @@ from fluvial.codecs.forecast import frame_size
 from fluvial.data import Example
 from fluvial.errors import RefusalError, WireError
 from fluvial.exchange import STALE, LocalUpdate, Terms, receive_exchange
+from fluvial.federation import sites
 from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.importance import Meter, spectrum
-from fluvial.methods.fedpipe.measure import full_load, measured, tokens_within
+from fluvial.methods.fedpipe.measure import full_load, held, measured, tokens_within
 from fluvial.methods.fedpipe.planner.profile import Profile
 from fluvial.methods.fedpipe.site_configuration import (
     MOST_VERSIONS,
     VERSION,
     SiteConfiguration,
+    format_of,
+    with_format,
 )
 from fluvial.models.assignment import Assignment
 from fluvial.models.layer_lists import num_layers
@@ -57,6 +60,29 @@ def run_assignment(site: Site) -> Assignment:
     return site.pool.assignment(site.train.per_device_train_batch_size)
 
 
+def _held(site: Site) -> Assignment:
+    """Return the run's assignment in the format in which the site holds the base: that of its
+    profile, once it has one."""
+    config: FedPipeConfig = site.method
+    run = run_assignment(site)
+    stored = site.recall(PROFILE)
+    if not stored.values:
+        first = held(config, site.pool, site.name, site.memory_mb)
+        return replace(first, batch=run.batch)
+
+    format = Profile.from_values(stored.values).format
+    return run if format == format_of(run) else with_format(run, format)
+
+
+def evaluate(site: Site, message: Payload) -> Payload:
+    """Measure on held-out text as all methods do, over the base as the site holds it."""
+    base = _held(site)
+    site.assigned = replace(
+        site.assignment, precision=base.precision, quantisation=base.quantisation
+    )
+    return sites.evaluate(site, message)
+
+
 def profile(site: Site, message: Payload) -> Payload:  # noqa: ARG001 - it asks for all of it
     """Measure memory, speed and data of the site; the answer has no text and no weight."""
     config: FedPipeConfig = site.method
@@ -79,7 +105,7 @@ def probe(site: Site, message: Payload) -> Payload:
     if not known.peaks:
         raise WireError("probe: the memory of this site has no room for a pass")
 
-    run = run_assignment(site)
+    run = _held(site)
     rank = {name: min(config.probe_rank, run.width(name)) for name, _ in run.ranks}
     examples = site.load().train
     longest = max(len(example.input_ids) for example in examples)

@@ -82,6 +82,11 @@ class Profile:
     mix formats."""
 
     @property
+    def format(self) -> str:
+        """Return the format of the base in which the site measured, the first by name."""
+        return min(self.speeds)
+
+    @property
     def unmeasured(self) -> bool:
         """Return whether the site made no pass, because its memory has room for none, and has no
         speed from its budget either."""

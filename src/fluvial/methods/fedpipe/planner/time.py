@@ -135,9 +135,8 @@ class TimeModel:
         curve = profile.speeds.get(format.name)
         slowdown = 1.0
         if curve is None:
-            measured = min(profile.speeds)
-            curve = profile.speeds[measured]
-            slowdown = format.slowdown / FORMATS[measured].slowdown
+            curve = profile.speeds[profile.format]
+            slowdown = format.slowdown / FORMATS[profile.format].slowdown
         return self.factor * slowdown / speed_at(curve, batch)
 
     def _work(self, lora: int, *, checkpointing: bool) -> float:
