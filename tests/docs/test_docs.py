@@ -219,6 +219,11 @@ def test_every_setting_is_on_its_page() -> None:
     assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_settings.py"
 
 
+def test_the_reference_is_that_of_the_commands_and_names() -> None:
+    script = [sys.executable, str(ROOT / "scripts" / "write_reference.py"), "--check"]
+    assert subprocess.run(script, check=False).returncode == 0, "run scripts/write_reference.py"
+
+
 def test_an_array_of_tables_has_its_keys_on_the_page_of_settings() -> None:
     page = (ROOT / "docs" / "settings.md").read_text()
     _, heading, rest = page.partition("### `[[method.budgets]]`")
