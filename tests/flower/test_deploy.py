@@ -30,6 +30,7 @@ from fluvial.federation.config import FleetConfig
 from fluvial.report.status_tables import status_tables
 from fluvial.settings import Settings
 from fluvial.site_process.site_file import Allowed, SiteDataSettings, SiteFile
+from fluvial.storage.run_files import PAGE as REPORT
 from tests.support import ROOT
 
 PAGE = ROOT / "docs" / "deploy.md"
@@ -207,6 +208,9 @@ def test_the_page_leads_from_the_laptop_to_three_sites(newcomer: Newcomer) -> No
     (log,) = (text for block, text in printed.items() if block.startswith("fluvial logs"))
     assert "round 3" in log
     assert "HTTP Request" not in log
+    hospitals = here / "server" / "runs" / "hospitals"
+    verdict = json.loads((hospitals / "result.json").read_text())["verdict"]["line"]
+    assert verdict.split(";")[0] in (hospitals / REPORT).read_text()
 
     (example,) = blocks("json")
 

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("flwr", reason="needs the extra 'flower'")
 
+from fluvial.storage.run_files import PAGE
 from tests.oracle.test_fedpipe import UNEQUAL, Table
 from tests.support.flower_lab import SERVER, Deployment, deployment
 from tests.support.moments import Moments
@@ -93,6 +94,7 @@ def test_deployed_equals_in_process_and_kills_change_nothing(
     result = lab.deployed.wait(straight, SLOW_S)
     check_same(result, own)
     assert result["bytes"] == own["bytes"]
+    assert "<h2>Plan of each site</h2>" in (straight / PAGE).read_text()
 
     # A site's process is killed in the probe, and the site is asked again.
     lab.moments.clear()

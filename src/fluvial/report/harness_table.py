@@ -5,8 +5,14 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
+from fluvial.report.block_tables import Excerpt
 from fluvial.report.tables import table
 from fluvial.storage.run_files import JsonObject
+
+TITLE = "Tasks of lm-eval"
+"""Title of the table."""
+RUN = {"base": "base", "adapter": "final"}
+"""Headings of the models that a run measures at its end."""
 
 
 def run_tasks(result: JsonObject) -> list[RenderableType]:
@@ -15,12 +21,33 @@ def run_tasks(result: JsonObject) -> list[RenderableType]:
     if tasks is None:
         return []
     if "why" in tasks:
-        return [Text(safe_text(f"Tasks of lm-eval: not measured, because {tasks['why']}")), Text()]
-    return [harness_table(tasks, {"base": "base", "adapter": "final"})]
+        return [Text(f"{TITLE}: not measured, because {_why(tasks)}"), Text()]
+    return [harness_table(tasks, RUN)]
+
+
+def tasks_of_run(result: JsonObject) -> Excerpt | None:
+    """Return the tasks that a run measured at its end, for its page; None without tasks."""
+    tasks = result.get("tasks")
+    if tasks is None:
+        return None
+    if "why" in tasks:
+        return Excerpt(TITLE, [], [], left=0, words=f"Not measured, because {_why(tasks)}.")
+    return harness_rows(tasks, RUN)
+
+
+def _why(tasks: JsonObject) -> str:
+    """Return why a run has no values of its tasks."""
+    return safe_text(tasks["why"])
 
 
 def harness_table(tasks: JsonObject, headings: dict[str, str]) -> Table:
     """Return a table of tasks of lm-eval: values with their standard errors, and differences."""
+    found = harness_rows(tasks, headings)
+    return table(found.headings, found.rows, found.title, caption=found.words)
+
+
+def harness_rows(tasks: JsonObject, headings: dict[str, str]) -> Excerpt:
+    """Return the rows of tasks of lm-eval, by model with its heading."""
     rows = []
     models = [model for model in headings if model in tasks["rows"][0]] if tasks["rows"] else []
 
@@ -46,7 +73,7 @@ def harness_table(tasks: JsonObject, headings: dict[str, str]) -> Table:
     cells = [[safe_text(cell) for cell in row] for row in rows]
     caption = safe_text("; ".join(notes))
 
-    return table(columns, cells, "Tasks of lm-eval", caption=caption)
+    return Excerpt(TITLE, columns, cells, left=1, words=caption)
 
 
 def _with_error(figure: JsonObject, sign: str) -> str:

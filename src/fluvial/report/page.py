@@ -21,6 +21,7 @@ from fluvial.report.charts import legend
 from fluvial.report.cross_site import matrix_of
 from fluvial.report.fairness_tables import fairness_by_round
 from fluvial.report.figures import Run, score_of
+from fluvial.report.harness_table import tasks_of_run
 from fluvial.report.headline import ORDER, first_lines, tiles
 from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.line_rates import Rates
@@ -117,7 +118,7 @@ def _content(run: JsonObject) -> JsonObject:
     others = _baselines(run["compare"], description)
     runs = [each for each in (*others, own) if each.metrics]
     score = score_of(runs)
-    setup = (result or {}).get("setup", {})
+    setup = run["setup"]
     refused = run.get("refused") or {}
     gate = setup.get("gate") or refused.get("gate")
     blocks = block_schedule(metrics, cycles=figures.CYCLES, sites=figures.SITES)
@@ -145,6 +146,7 @@ def _content(run: JsonObject) -> JsonObject:
         "verdict": first_lines(run, method),
         "tiles": tiles(result, score) if result else [],
         "tables": _tables(rows) if rows else [],
+        "tasks": tasks_of_run(result or {}),
         "caption": _caption(result, config, result_caption(rows[0], rates)) if result else "",
         "axes": _axes(runs, score),
         "runs": legend([(each.name, each.colour) for each in runs]),

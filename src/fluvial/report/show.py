@@ -41,8 +41,7 @@ def run_tables(run: JsonObject) -> Group:
     method = run["config"].get("method", {}).get("name") or (result or {}).get("method", "run")
     content: list[RenderableType] = []
 
-    if result:
-        content += [Text.from_markup(line) for line in setup_lines(result.get("setup", {}))]
+    content += [Text.from_markup(line) for line in setup_lines(run["setup"])]
     if metrics:
         content += [
             Text.from_markup(line) for line in (round_header(method), *map(round_line, metrics))

@@ -9,6 +9,7 @@
     adapter/                    the result, as PEFT writes it
     budget.json                 choice within the budget and its trials, if there is one
     refused.json                why the gate refused the codec, if it did
+    setup.json                  what the set-up has found, until the result is there
     report.html                 the page of the run for people, which nothing reads
     digests.json                SHA-256 of the files of a finished run
     result.json                 written last; a folder that has it is finished
@@ -47,6 +48,7 @@ from fluvial.storage.run_files import (
     EXPORTS,
     METRICS,
     RESULT,
+    SETUP,
     SITES,
     anew,
     check_written,
@@ -130,6 +132,7 @@ class RunFolder:
 
         self.write_json(DIGESTS, listed)
         self.write_json(RESULT, result)
+        (self.path / SETUP).unlink(missing_ok=True)
 
     def verify_finished(self) -> None:
         """Raise `CheckpointError` unless the files of a finished run are those that were

@@ -42,7 +42,7 @@ from fluvial.runs.profiling import profiled
 from fluvial.runs.result import directed, recorded, result_of, traffic_of
 from fluvial.runs.trackers import check_trackers, tracked
 from fluvial.storage.files import private
-from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, read_result
+from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, SETUP, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,8 @@ class Run:
                 raise
 
             (self.folder.path / REFUSED).unlink(missing_ok=True)
+            if self.setup:
+                self.folder.write_json(SETUP, self.setup)
             self.setup_bytes = dict(self.fleet.meter.totals)
             self.fleet.meter.close_round()
             self._save(0)

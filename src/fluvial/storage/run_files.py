@@ -16,6 +16,9 @@ RESULT = "result.json"
 """The result, written last; a folder that has it is finished."""
 REFUSED = "refused.json"
 """The gate's reasons to refuse the codec, where it did."""
+SETUP = "setup.json"
+"""What the set-up has found, such as the gate's verdict and plans; it goes when the result, which
+has it too, is there."""
 PAGE = "report.html"
 """The page of the run, for people."""
 DIGESTS = "digests.json"
@@ -132,8 +135,8 @@ def read_run(folder: Path) -> JsonObject:
     """Return the content of a run's folder as plain JSON values.
 
     The keys are folder, config, description (None where the configuration's file has none),
-    refused, metrics, result, and compare with the baselines by name. Raises `CheckpointError` if
-    the folder holds no run, or a damaged one.
+    refused, setup, metrics, result, and compare with the baselines by name. Raises
+    `CheckpointError` if the folder holds no run, or a damaged one.
     """
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give the folder of a run, such as runs/NAME")
@@ -157,9 +160,17 @@ def read_run(folder: Path) -> JsonObject:
         "config": config,
         "description": description,
         "refused": read_file(folder / REFUSED),
+        "setup": _setup(folder, run["result"]),
         **run,
         "compare": {path.name: _outcome(path) for path in compared},
     }
+
+
+def _setup(folder: Path, result: JsonObject | None) -> JsonObject:
+    """Return what the set-up of a run has found, also before the run has finished."""
+    if result is not None:
+        return dict(result.get("setup", {}))
+    return read_file(folder / SETUP) or {}
 
 
 def _outcome(folder: Path) -> JsonObject:

@@ -9,9 +9,9 @@ import pytest
 from fluvial.errors import CheckpointError, GateError
 from fluvial.report.live import COST, with_page
 from fluvial.report.show import run_tables
-from fluvial.runs.config import RunConfig
-from fluvial.runs.run import Event
-from fluvial.storage.run_files import PAGE, read_run
+from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.run import Event, execute
+from fluvial.storage.run_files import PAGE, SETUP, read_run
 from tests.unit.report.test_show import config, records, result, text_of, write
 
 REFRESH = '<meta http-equiv="refresh"'
@@ -19,13 +19,14 @@ LINES = records(131300, 131200, start=3.3)
 
 
 class Clock:
-    """A clock on which each page takes a second to draw."""
+    """A clock on which each page takes some seconds to draw."""
 
-    def __init__(self) -> None:
+    def __init__(self, page_s: float = 1.0) -> None:
         self.now = 0.0
+        self._page_s = page_s
 
     def __call__(self) -> float:
-        self.now += 1.0
+        self.now += self._page_s
         return self.now
 
 
@@ -62,6 +63,33 @@ def test_an_open_page_follows_the_rounds_and_stays_at_the_end(tmp_path: Path) ->
     assert "ahead of the base model" in last or "against the base model" in last
     assert (tmp_path / "run" / PAGE).stat().st_mode & 0o777 == 0o600
     assert not list((tmp_path / "run").glob("*.partial"))
+
+
+def test_the_page_has_the_verdict_of_the_gate_from_the_set_up_on(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    tgap = {"source": "public", "rounds": 3, "simulated_sites": 2}
+    table = run_config | {
+        "method": {"name": "cgfedllm", "tgap": tgap},
+        "codec": {"name": "klt", "rate": 8},
+        "evaluate": {"sample_tokens": 2},
+    }
+    settings = parse(table, "test")
+    folder = tmp_path / "run"
+    page = folder / PAGE
+    kinds = []
+    for event in with_page(execute(settings, folder), settings, folder, Clock(0.0)):
+        kinds.append(event.kind)
+        shown = page.read_text()
+        assert "Codec gate:" in shown
+        assert (folder / SETUP).exists() == (event.kind != "result")
+        if event.kind == "setup":
+            assert "Not finished: 0 of 2 rounds" in shown
+            assert "Errors at the codec gate" in shown
+            assert "gate: passed" in text_of(run_tables(read_run(folder)))
+
+    assert kinds == ["setup", "round", "round", "result"]
+    assert "Codec gate:" in page.read_text()
 
 
 def test_pages_take_at_most_a_hundredth_of_the_time(tmp_path: Path) -> None:

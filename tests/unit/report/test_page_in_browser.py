@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from fluvial.report.page import page_of
-from fluvial.storage.run_files import REFUSED, read_run
+from fluvial.storage.run_files import REFUSED, SETUP, read_run
+from tests.unit.report.test_page_words import TASKS
 from tests.unit.report.test_show import BLOCKS, config, cycles, gate, records, result, write
 from tests.unit.report.test_site_plans import RECORD, plan
 
@@ -54,6 +55,7 @@ def finished(folder: Path) -> None:
     more = {
         "samples": [{"prompt": "def f", "base": "x" * 300, "final": "(x)"}],
         "setup": {"snapshots": 24, "gate": gate([])},
+        "tasks": TASKS,
         "cross_site": {"local": own, "federated": dict(zip(sites, measured, strict=True))},
     }
     ours = result("cgfedllm", "klt", 3.2345, 2200, 131200, **more)
@@ -94,6 +96,13 @@ def unfinished(folder: Path) -> None:
     write(folder, records(131300, 131200, start=3.3)[:1], None)
 
 
+def begun(folder: Path) -> None:
+    """The set-up is done, and no round."""
+    config(folder, "fedpipe")
+    setup = {"gate": gate([]), "plans": {"north": plan(), "south": plan(ranks={"q_proj": 32})}}
+    (folder / SETUP).write_text(json.dumps(setup))
+
+
 def refused(folder: Path) -> None:
     config(folder, "cgfedllm")
     why = {"why": "codec 'klt' does not carry " + "a" * 200, "gate": gate(["A error >= 1"])}
@@ -101,11 +110,15 @@ def refused(folder: Path) -> None:
 
 
 KINDS = {
-    "finished": (finished, ["Held-out loss, by model and by data", "Samples", "Missing replies"]),
+    "finished": (
+        finished,
+        ["Held-out loss, by model and by data", "Samples", "Missing replies", "Tasks of lm-eval"],
+    ),
     "blocks": (blocks, ["Block schedule, by cycle"]),
     "plans": (plans, ["Plan against measured", "Rank of each weight by site"]),
     "leakage": (leakage, ["Tokens read, by attack", "Privacy"]),
     "unfinished": (unfinished, ["Loss and score"]),
+    "begun": (begun, ["Errors at the codec gate", "Plan of each site"]),
     "refused": (refused, ["Errors at the codec gate"]),
 }
 
@@ -160,5 +173,5 @@ def test_the_page_opens_whole(
     assert found["charts"]
     assert all(chart["tips"] and not chart["outside"] for chart in found["charts"]), found["charts"]
     assert found["hidden"]
-    assert found["shown"] == (0 if kind == "refused" else 1)
+    assert found["shown"] == (0 if kind in ("refused", "begun") else 1)
     assert console == []

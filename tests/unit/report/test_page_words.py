@@ -12,11 +12,41 @@ from fluvial.formatting import human_seconds
 from fluvial.report import result_tables
 from fluvial.report.axes import chart_of
 from fluvial.report.charts import Series
+from fluvial.report.harness_table import run_tasks
 from fluvial.report.line_rates import Rates
 from fluvial.report.page import page_of
 from fluvial.storage.run_files import read_run
 from tests.unit.report.test_show import config, records, result, text_of, write
 
+TASKS = {
+    "lm_eval": "0.4.13",
+    "tasks": ["mmlu"],
+    "limit": 100.0,
+    "num_fewshot": 5,
+    "cut_prompts": 3,
+    "rows": [
+        {
+            "task": "mmlu_anatomy",
+            "metric": "acc",
+            "filter": "none",
+            "n_shot": 5,
+            "documents": 100,
+            "base": {"value": 0.25, "stderr": 0.0435},
+            "adapter": {"value": 0.31, "stderr": 0.0465},
+            "difference": {"value": 0.06, "stderr": 0.0239},
+        },
+        {
+            "task": "<mmlu>",
+            "metric": "exact_match",
+            "filter": "strict",
+            "n_shot": None,
+            "documents": None,
+            "base": {"value": 0.2, "stderr": None},
+            "adapter": {"value": 0.1, "stderr": None},
+            "difference": {"value": -0.1, "stderr": None},
+        },
+    ],
+}
 LINE = {"up_mbit_s": 2.0, "down_mbit_s": 16.0, "rtt_ms": 40.0, "loss": 0.0, "shared": False}
 
 
@@ -105,3 +135,26 @@ def test_ticks_of_time_are_round_and_none_has_the_words_of_another(
     chart = chart_of([Series("ours", "own", line, tips=[""] * 11)], "seconds", "loss")
     found = re.findall(r'text-anchor="middle">([^<]*)</text>', chart)
     assert found == [*labels, "time of the rounds"]
+
+
+def test_tasks_of_lm_eval_stand_on_the_page_as_in_the_table(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", tasks=TASKS)
+    page = page_of(run).decode()
+    table = " ".join(text_of(*run_tasks(run["result"])).split())
+    cells = ["mmlu_anatomy", "acc", "5", "100", "0.2500 ± 0.0435", "0.3100 ± 0.0465"]
+    for cell in [*cells, "+0.0600 ± 0.0239", "exact_match, strict", "-0.1000"]:
+        assert f">{cell}</td>" in page
+        assert cell in table
+    assert ">&lt;mmlu&gt;</td>" in page
+
+    for words in ("lm-eval 0.4.13", "limit 100", "3 prompts cut on the left to fit the context"):
+        assert words in page
+        assert words in table
+
+
+def test_tasks_that_failed_say_why_on_the_page(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", tasks={"why": "lm-eval stopped: no <data>"})
+    page = page_of(run).decode()
+    assert "Tasks of lm-eval</h2><p" in page
+    assert "Not measured, because lm-eval stopped: no &lt;data&gt;" in page
+    assert "Tasks of lm-eval" not in page_of(run_of(tmp_path / "other")).decode()
