@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.codecs.cache import Cache
+from benchmarks.fedpipe import fedadapter
 from benchmarks.fedpipe.clock import Ledger, enforced
 from benchmarks.fedpipe.contenders import Contender, configured
 from benchmarks.fedpipe.hetlora import DECAY, PENALTY, SelfPruning
@@ -19,6 +20,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import texts_of
+from fluvial.runs.own import with_own
 from fluvial.runs.run import execute
 
 TASKS = Path(__file__).parent / "tasks"
@@ -36,6 +38,11 @@ def read_task(name: str, *, quick: bool = False) -> dict[str, Any]:
         task["train"]["max_steps"] = 2
         task["data"]["max_heldout"] = 2
     return task
+
+
+def parsed(table: dict[str, Any]) -> RunConfig:
+    """Return the configuration of a table, which may name FedAdapter's schedule."""
+    return parse(table, "benchmark", kind=with_own([fedadapter.METHOD], []))
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class Bed:
         table = configured(
             task, contender, seed=seed, learning_rate=learning_rate, deadline_s=deadline_s
         )
-        key = self.cache.key(parse(table, "benchmark"))
+        key = self.cache.key(parsed(table))
         if contender.self_pruning:
             key += f"-{DECAY}-{PENALTY}"
         row = self.cache.find(key)
@@ -77,7 +84,7 @@ def measured(
     speeds = {site: budget.speed for site, budget in limits.items()}
     with tempfile.TemporaryDirectory() as folder, enforced(speeds, pruning=pruning) as ledger:
         path = Path(folder) / "run"
-        first, *_, last = execute(parse(table, "benchmark"), path, texts=_texts)
+        first, *_, last = execute(parsed(table), path, texts=_texts)
         records = list(RunFolder(path).metrics())
 
     result = last.values
@@ -114,6 +121,7 @@ def measured(
         "worst_site": max(
             (row["final"]["loss"] for row in result["heldout_by_site"].values()), default=None
         ),
+        "sizes": [[record["depth"], record["width"]] for record in records if "depth" in record],
         "pruned": dict(pruning.share) if pruning else {},
         "plans": {
             site: {name: plan[name] for name in ("batch", "steps", "checkpointing", "ranks")}

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
 
+from benchmarks.fedpipe import fedadapter
 from benchmarks.fedpipe.hetlora import SelfPruning
 from fluvial.methods import fedavg
 from fluvial.methods.fedpipe import step_times, tasks
@@ -103,7 +104,10 @@ def enforced(
             (step_times, "time", clock),
             (tasks, "train_locally", ledger.training(planned)),
             (tasks, "measured", ledger.measuring(vars(tasks)["measured"])),
-            (fedavg, "train_locally", ledger.training(vars(fedavg)["train_locally"])),
+            *(
+                (module, "train_locally", ledger.training(vars(module)["train_locally"]))
+                for module in (fedavg, fedadapter)
+            ),
         ):
             stack.enter_context(mock.patch.object(module, name, value))
         yield ledger

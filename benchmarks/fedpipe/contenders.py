@@ -10,12 +10,15 @@ UNIFORM_RANK = 4
 SCALE = 1
 """Scale s of every adapter: alpha over rank."""
 MORE_ROUNDS = 2
-"""Rounds of a planned contender for each round of the others: its rounds are shorter, and what
-counts is the loss at equal bytes and at equal seconds."""
+"""Rounds of a planned or scheduled contender for each round of the others: its rounds are shorter,
+and what counts is the loss at equal bytes and at equal seconds."""
 RATES = (3e-3, 1e-2, 3e-2)
 """Learning rates among which each contender has its best on seed 0."""
 
-Ranks = Literal["equal", "unequal", "planned"]
+FULL_RATES = (1e-3, 3e-3, 1e-2)
+"""The same where all weights are tuned, which bear smaller ones."""
+
+Ranks = Literal["equal", "unequal", "planned", "scheduled", "none"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Contender:
     """A method and its settings."""
 
     ranks: Ranks
-    """One rank at all sites, the largest one that each site holds, or those of a plan."""
+    """One rank at all sites, the largest one that each site holds, those of a plan, those of
+    FedAdapter's schedule, or none, because all weights are tuned."""
     aggregation: dict[str, Any]
     planner: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
@@ -36,6 +40,8 @@ class Contender:
     """True for HetLoRA's self-pruning at the sites."""
     late: bool = False
     """True for a plan without the deadline of the other planned contenders."""
+    rates: tuple[float, float, float] = RATES
+    """Learning rates among which it has its best, in rising order."""
     like: str | None = None
     """Contender whose best learning rate this one has too; None for one with a search of its
     own."""
@@ -56,6 +62,9 @@ MEANS: dict[str, Any] = {"mode": "ab-mean", "measure": "always"}
 PLANNED: dict[str, Any] = {"ranks": [2, 4], "batches": [4, 8, 16]}
 """The choices of the planner. Beside ranks up to 16, FedPipe gave all but a few weights 2 or 4, and
 each site's time for the side path of rank 16 went from its steps."""
+
+SCHEDULE: dict[str, Any] = {"depth": 1, "width": 2, "interval": 2}
+"""FedAdapter's schedule, the best of those that were tried on seed 0 of mini_ops."""
 
 
 def _fedpipe(*, mode: str = "svd", base: dict[str, Any] | None = None, **planner: Any) -> Contender:
@@ -102,6 +111,8 @@ CONTENDERS: dict[str, Contender] = {
     "FLoRA (stack)": Contender("equal", {"mode": "stack"}),
     "FedEx-LoRA (residual)": Contender("equal", {"mode": "residual"}),
     "FFA-LoRA": Contender("equal", {"mode": "ffa"}, more={"factors": "B"}),
+    "FedAdapter's schedule over LoRA": Contender("scheduled", {}, more=SCHEDULE),
+    "all weights (vanilla fine-tuning)": Contender("none", {}, rates=FULL_RATES),
     "FedPipe, no deadline": replace(_fedpipe(), late=True),
     "FedPipe over FFA": Contender("planned", {"mode": "ffa"}, PLANNED, more={"factors": "B"}),
     "FedPipe, ranks up to 16": WIDE,
@@ -138,8 +149,12 @@ def configured(
     deadline_s: float | None,
 ) -> dict[str, Any]:
     """Return the configuration of a run; `deadline_s` is that of planned contenders."""
-    method: dict[str, Any] = {"name": "fedavg", "aggregation": contender.aggregation}
-    if contender.ranks != "equal":
+    method: dict[str, Any] = {"name": "fedavg"}
+    if contender.aggregation:
+        method["aggregation"] = contender.aggregation
+    if contender.ranks == "scheduled":
+        method["name"] = "fedadapter"
+    if contender.ranks in ("unequal", "planned"):
         method |= {
             "name": "fedpipe",
             "planner": contender.planner,
@@ -152,11 +167,16 @@ def configured(
         if deadline_s is not None and not contender.late:
             method["deadline_s"] = deadline_s
 
-    return task | {
-        "rounds": task["rounds"] * (MORE_ROUNDS if contender.ranks == "planned" else 1),
+    longer = contender.ranks in ("planned", "scheduled")
+    table = task | {
+        "rounds": task["rounds"] * (MORE_ROUNDS if longer else 1),
         "seed": seed,
         "model": task.get("model", {}) | contender.base,
         "method": method | contender.more,
         "lora": task["lora"] | {"r": contender.rank, "lora_alpha": contender.rank * SCALE},
         "train": task["train"] | {"learning_rate": learning_rate},
     }
+    if contender.ranks == "none":
+        del table["lora"]
+        table["tune"] = "full"
+    return table

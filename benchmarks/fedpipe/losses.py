@@ -85,7 +85,7 @@ class Losses:
         contender = CONTENDERS[name]
         if contender.like is not None:
             return
-        smaller, middle, larger = RATES
+        smaller, middle, larger = contender.rates
         losses = [
             row["losses"][-1]
             for row in (self._run(task, contender, 0, rate) for rate in (middle, larger))
@@ -129,7 +129,8 @@ class Losses:
 
     def searched(self, task: str, name: str) -> dict[float, Row]:
         """Return the runs on seed 0 by learning rate."""
-        found = {rate: self.known._run(task, CONTENDERS[name], 0, rate) for rate in RATES}
+        contender = CONTENDERS[name]
+        found = {rate: self.known._run(task, contender, 0, rate) for rate in contender.rates}
         return {rate: row for rate, row in found.items() if row is not None}
 
     @property
@@ -269,6 +270,7 @@ def _row(
         "error": mean(row[-1] for row in errors) if errors else None,
         "errors": [mean(column) for column in zip(*errors, strict=True)],
         "plan": rows[min(rows)]["plans"],
+        "sizes": rows[min(rows)].get("sizes", []),
     }
 
 

@@ -1,15 +1,19 @@
 """The benchmark of FedPipe: its clock, its curves, and its parts in their quick form."""
 
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.codecs.cache import Cache
-from benchmarks.fedpipe.bed import Bed
+from benchmarks.fedpipe import fedadapter
+from benchmarks.fedpipe.bed import Bed, parsed
 from benchmarks.fedpipe.clock import SiteClock
 from benchmarks.fedpipe.contenders import (
     CONTENDERS,
@@ -19,14 +23,24 @@ from benchmarks.fedpipe.contenders import (
     Contender,
     configured,
 )
+from benchmarks.fedpipe.fedadapter import Size, dealt, fastest
 from benchmarks.fedpipe.hetlora import DECAY, SelfPruning
 from benchmarks.fedpipe.losses import Losses, at, over, times_sooner, until
 from benchmarks.report import Row
-from fluvial.runs.config import parse
+from fluvial.methods import METHODS
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.run import execute
 from fluvial.wire.tensors import Named
 from tests.support.benchmarks import quick_report
 
 CURVE = [4.0, 3.0, 2.0]
+
+
+@pytest.fixture(autouse=True)
+def _no_method_stays() -> Iterator[None]:
+    """Forget FedAdapter after each test: other tests go through all methods."""
+    with mock.patch.dict(METHODS):
+        yield
 
 
 def test_clock_moves_by_waits() -> None:
@@ -100,6 +114,89 @@ def test_hetlora_gives_up_components_whose_norm_falls() -> None:
     assert torch.equal(half["m.lora_B.weight"][:, :2], torch.full((5, 2), -0.5))
 
 
+def test_fedadapter_takes_the_size_whose_loss_falls_fastest() -> None:
+    """A trial has one layer more and twice the width, within the model; a large size that takes
+    long for its gain does not win, and neither does one whose loss rose."""
+    small = Size(1, 2)
+    assert small.candidates(layers=2, rank=4) == [small, Size(2, 2), Size(1, 4)]
+    assert Size(2, 4).candidates(layers=2, rank=4) == [Size(2, 4)]
+    seconds = {small: 1.0, Size(2, 2): 3.0}
+    assert fastest(5.0, {small: 4.0, Size(2, 2): 3.0}, seconds) == small
+    assert fastest(5.0, {small: 4.0, Size(2, 2): 1.0}, seconds) == Size(2, 2)
+    assert fastest(5.0, {small: 5.2, Size(2, 2): 5.1}, seconds) == Size(2, 2)
+
+
+def test_fedadapter_deals_every_site_to_one_trial_group() -> None:
+    """Groups change from trial to trial, and none is empty."""
+    sizes = [Size(1, 2), Size(2, 2), Size(1, 4)]
+    rounds = [dealt("abcde", sizes, seed=0, round=number) for number in range(8)]
+    assert all(sorted(chain(*groups.values())) == list("abcde") for groups in rounds)
+    assert len({tuple(groups[sizes[0]]) for groups in rounds}) > 1
+    assert list(dealt("a", sizes, seed=0, round=1).values()) == [["a"]]
+
+
+def test_fedadapter_grows_and_trains_only_the_upper_layers(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only modules of the size have a gradient, bytes are those of its factors, and depth and width
+    grow to the whole model where larger sizes always win."""
+    trained = []
+    whole = vars(fedadapter)["train_locally"]
+
+    def watched(site: Any, received: Named, round: int, **named: Any) -> Any:
+        names: set[str] = set()
+
+        def watch(parameters: Any) -> bool:
+            names.update(n for n, p in parameters.items() if p.grad is not None and p.requires_grad)
+            return True
+
+        result = whole(site, received, round, watch=watch, **named)
+        trained.append((round, site.name, names, received))
+        return result
+
+    monkeypatch.setattr(fedadapter, "train_locally", watched)
+    monkeypatch.setattr(
+        fedadapter, "fastest", lambda _, losses, __: max(losses, key=lambda s: (s.width, s.depth))
+    )
+    source = tmp_path / "text.jsonl"
+    lines = [f'{{"text": "a river and {n} streams", "client": "{n % 4}"}}\n' for n in range(24)]
+    source.write_text("".join(lines))
+    table = {
+        "rounds": 4,
+        "model": {"name_or_path": str(tiny_model)},
+        "lora": {"r": 4, "target_modules": "all-linear"},
+        "data": {
+            "source": str(source),
+            "form": "text",
+            "max_length": 16,
+            "partition": {"by": "column", "column": "client"},
+        },
+        "train": {"max_steps": 1},
+        "method": {"name": "fedadapter", "depth": 1, "width": 2, "interval": 1},
+    }
+    folder = tmp_path / "run"
+    list(execute(parsed(table), folder))
+    records = list(RunFolder(folder).metrics())
+    assert [(r["depth"], r["width"]) for r in records] == [(1, 4), (2, 4), (2, 4), (2, 4)]
+
+    for round, site, names, received in trained:
+        values = sum(tensor.numel() for tensor in received.values())
+        assert names == set(received)
+        sent = records[round - 1]["bytes"][site]
+        for direction in ("up train", "down train"):
+            assert 4 * values <= sent[direction] <= 4 * values + 2000
+
+    by_round: dict[int, set[tuple[int, ...]]] = {}
+    for round, _, names, received in trained:
+        layers = len({name.split(".layers.")[1][0] for name in names})
+        assert any(".layers.1." in name for name in names)
+        ranks = {tensor.shape[0] for name, tensor in received.items() if ".lora_A." in name}
+        by_round.setdefault(round, set()).add((layers, *ranks))
+    assert by_round[1] == {(1, 2), (2, 2), (1, 4)}
+    assert by_round[2] == {(1, 4), (2, 4)}
+    assert by_round[3] == by_round[4] == {(2, 4)}
+
+
 @pytest.mark.parametrize(("losses", "tried"), [((3.0, 2.0), 2), ((2.0, 3.0), 3)])
 def test_third_learning_rate_is_tried_where_it_may_win(
     losses: tuple[float, float], tried: int
@@ -130,7 +227,7 @@ def test_contenders_are_valid(name: str) -> None:
         "method": {"probe_steps": 4, "budgets": [{"site": "web", "speed": 0.5}]},
     }
     table = configured(task, CONTENDERS[name], seed=0, learning_rate=1e-2, deadline_s=1.0)
-    assert parse(table, "benchmark").seed == 0
+    assert parsed(table).seed == 0
 
 
 @pytest.mark.slow
