@@ -43,7 +43,7 @@ def _why(tasks: JsonObject) -> str:
 def harness_table(tasks: JsonObject, headings: dict[str, str]) -> Table:
     """Return a table of tasks of lm-eval: values with their standard errors, and differences."""
     found = harness_rows(tasks, headings)
-    return table(found.headings, found.rows, found.title, caption=found.words)
+    return table(found.headings, found.rows, found.title, found.left, found.words)
 
 
 def harness_rows(tasks: JsonObject, headings: dict[str, str]) -> Excerpt:
@@ -73,7 +73,7 @@ def harness_rows(tasks: JsonObject, headings: dict[str, str]) -> Excerpt:
     cells = [[safe_text(cell) for cell in row] for row in rows]
     caption = safe_text("; ".join(notes))
 
-    return Excerpt(TITLE, columns, cells, left=1, words=caption)
+    return Excerpt(TITLE, columns, cells, left=2, words=caption)
 
 
 def _with_error(figure: JsonObject, sign: str) -> str:
