@@ -17,8 +17,8 @@ RESULT = "result.json"
 REFUSED = "refused.json"
 """The gate's reasons to refuse the codec, where it did."""
 SETUP = "setup.json"
-"""What the set-up has found, such as the gate's verdict and plans; it goes when the result, which
-has it too, is there."""
+"""The findings of the set-up, such as the gate's verdict and plans; it goes when the result, which
+has them too, is there."""
 PAGE = "report.html"
 """The page of the run, for people."""
 DIGESTS = "digests.json"
@@ -167,7 +167,7 @@ def read_run(folder: Path) -> JsonObject:
 
 
 def _setup(folder: Path, result: JsonObject | None) -> JsonObject:
-    """Return what the set-up of a run has found, also before the run has finished."""
+    """Return the findings of the set-up of a run, also before the run has finished."""
     if result is not None:
         return dict(result.get("setup", {}))
     return read_file(folder / SETUP) or {}
