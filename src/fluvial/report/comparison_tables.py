@@ -10,7 +10,13 @@ from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, 
 from fluvial.report.result_tables import ANSWER_SCORES
 from fluvial.report.tables import table
 from fluvial.runs.comparison.gathering import is_loss
-from fluvial.runs.comparison.judging import answer, p_words, primary, test_words
+from fluvial.runs.comparison.judging import (
+    answer,
+    p_words,
+    primary,
+    test_words,
+    tested_together,
+)
 from fluvial.runs.comparison.result import Compared, ComparedContender, Difference
 
 POOLED = "_pooled"
@@ -120,25 +126,27 @@ def costs_caption(compared: Compared) -> str:
 
 def measures_caption(compared: Compared) -> str:
     """Return the meaning of the columns of `measure_rows`."""
-    count = max(each.finished for each in compared.contenders)
+    counts = [each.finished for each in compared.contenders if each.finished]
+    count = max(counts, default=0)
+    some = f"{min(counts)} to {count}" if counts and min(counts) < count else str(count)
     tested = next((found for each in compared.contenders if (found := primary(each))), None)
     if count > 1:
-        first = f"Mean over {count} seeds, and half of its 95 % t-interval"
+        first = f"Mean over {some} seeds, and half of its 95 % t-interval"
     else:
         first = "One seed, so that a value has no interval"
 
     words = [f"{first}; a value of a run is the mean over its sites."]
     if tested is not None:
         difference = tested[1]
-        others = len(compared.contenders) - 1
+        others = tested_together(compared.contenders)
         words.append(
             f"Less the baseline: the difference to {compared.baseline}, site by site under the "
-            f"same seed, with its 95 % interval and p, {test_words(difference)}"
+            f"same seed, with its 95 % interval and p, {_tests(compared)}"
             + (f", corrected for {others} contenders (Holm)" if others > 1 else "")
             + "."
         )
         words.append("Better: cells, each a site under a seed, in which the contender is better.")
-        if difference.over == "sites":
+        if any(each.over == "sites" for each in _decisive(compared).values()):
             words.append("A test over sites tells nothing about other seeds.")
         if difference.over == "seeds" and _few_seeds(compared):
             wide = stats.t.ppf(0.975, difference.pairs - 1)
@@ -148,6 +156,22 @@ def measures_caption(compared: Compared) -> str:
                 "may be shown where every cell is better. More seeds narrow it."
             )
     return " ".join(words)
+
+
+def _decisive(compared: Compared) -> dict[str, Difference]:
+    """Return the difference that decides about each contender that is compared, by name."""
+    return {each.name: found[1] for each in compared.contenders if (found := primary(each))}
+
+
+def _tests(compared: Compared) -> str:
+    """Return the tests of all contenders; with their names where the tests have other pairs, as
+    while some runs are not finished."""
+    names: dict[str, list[str]] = {}
+    for name, difference in _decisive(compared).items():
+        names.setdefault(test_words(difference), []).append(name)
+    if len(names) == 1:
+        return next(iter(names))
+    return "; ".join(f"{words} ({', '.join(those)})" for words, those in names.items())
 
 
 def _few_seeds(compared: Compared) -> bool:

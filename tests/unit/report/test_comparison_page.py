@@ -1,5 +1,6 @@
 """The page of a comparison: its tables and curves, and nothing in a name or a message runs."""
 
+import math
 import re
 from pathlib import Path
 from statistics import fmean
@@ -49,7 +50,7 @@ def difference(mean: float, p: float | None = 0.0123) -> Difference:
 
 
 def contender(name: str, folder: str, losses: tuple[float, ...], **more: Any) -> ComparedContender:
-    mean, low, high = interval(losses)
+    mean, low, high = interval(losses) if losses else (math.nan, None, None)
     values: dict[str, Any] = {
         "name": name,
         "method": "fedavg",
@@ -192,6 +193,22 @@ def test_the_caption_says_why_all_cells_may_be_better_and_nothing_be_shown() -> 
         found = difference(-0.12, p).model_copy(update={"better": better})
         ours = contender("b", "b", (3.1, 3.2), differences={"loss": found})
         assert (words in measures_caption(compared(base, ours))) == said
+
+
+def test_the_caption_counts_what_is_finished() -> None:
+    """While runs are missing, as after one that failed: neither their seeds nor their tests."""
+    base = contender("a", "a", (3.2, 3.3))
+    over_sites = difference(-0.1).model_copy(update={"over": "sites", "pairs": 3})
+    ours = contender("b", "b", (3.1, 3.2), differences={"loss": difference(-0.12)})
+    late = contender("c", "c", (3.1,), differences={"loss": over_sites})
+    failed = contender("d", "d", (), scores={})
+    words = measures_caption(compared(base, ours, late, failed))
+    assert "Mean over 1 to 2 seeds" in words
+    assert "paired t over 2 seeds (b); paired t over 3 sites (c)" in words
+    assert "corrected for 2 contenders (Holm)" in words
+    assert "tells nothing about other seeds" in words
+    assert "corrected" not in measures_caption(compared(base, ours, failed))
+    assert compared(contender("a", "a", (3.2,))).verdict == "a: held-out loss 3.2000, one seed"
 
 
 def test_a_curve_is_the_mean_of_its_seeds() -> None:

@@ -15,7 +15,7 @@ def verdict_line(compared: Compared) -> str:
     """Return the verdict as one line for people."""
     base = compared.contender(compared.baseline)
     others = [each for each in compared.contenders if each.name != base.name]
-    parts = _alone(compared, base) if not others else _against(base, others)
+    parts = _alone(base) if not others else _against(base, others)
 
     runs = [run for each in compared.contenders for run in each.runs]
     missing = sum(not run.finished for run in runs)
@@ -40,6 +40,12 @@ def answer(difference: Difference) -> str:
     return "better" if difference.mean < 0 else "worse"
 
 
+def tested_together(contenders: Sequence[ComparedContender]) -> int:
+    """Return the number of contenders whose p-values were corrected for each other."""
+    found = [each[1] for one in contenders if (each := primary(one)) is not None]
+    return sum(difference.p is not None for difference in found)
+
+
 def test_words(difference: Difference) -> str:
     """Return the name of a test and its pairs."""
     if difference.over is None:
@@ -47,7 +53,7 @@ def test_words(difference: Difference) -> str:
     return f"paired t over {difference.pairs} {difference.over}"
 
 
-def _alone(compared: Compared, base: ComparedContender) -> list[str]:
+def _alone(base: ComparedContender) -> list[str]:
     score = next((base.scores[name] for name in PRIMARY if name in base.scores), None)
     if score is None:
         return ["Not measured: no run is finished"]
@@ -55,12 +61,11 @@ def _alone(compared: Compared, base: ComparedContender) -> list[str]:
     interval = ""
     if score.low is not None:
         interval = f", 95 % interval {figure(score.low)} to {figure(score.high)}"
-    return [f"{base.name}: held-out loss {figure(score.mean)}{interval}, {_seeds(compared)}"]
+    return [f"{base.name}: held-out loss {figure(score.mean)}{interval}, {_seeds(base)}"]
 
 
-def _seeds(compared: Compared) -> str:
-    count = len(compared.seeds)
-    return f"{count} seeds" if count > 1 else "one seed"
+def _seeds(contender: ComparedContender) -> str:
+    return f"{contender.finished} seeds" if contender.finished > 1 else "one seed"
 
 
 def _against(base: ComparedContender, others: Sequence[ComparedContender]) -> list[str]:
