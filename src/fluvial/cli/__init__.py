@@ -3,6 +3,7 @@
 Each command imports what it needs when it is called, so that `fluvial --help` starts at once.
 """
 
+import errno
 import logging
 import sys
 from typing import Annotated
@@ -39,6 +40,11 @@ START = "Start"
 RUN = "Run"
 LOOK = "Look at results"
 MACHINES = "Many machines"
+OF_THE_MACHINE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+)
+"""Numbers of errors that say what a path or a disk is like, and nothing about the program."""
 app.command("init", rich_help_panel=START)(init.init)
 app.command("recipes", rich_help_panel=START)(recipes.recipes)
 app.command("check", rich_help_panel=RUN)(check.check)
@@ -66,6 +72,12 @@ def main() -> None:
     except FluvialError as error:
         err.print(f"[red]{type(error).__name__}[/]: ", end="")
         err.print(safe_text(str(error)), markup=False)
+        sys.exit(1)
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE or error.filename is None:
+            raise
+        err.print("[red]OSError[/]: ", end="")
+        err.print(f"{safe_text(str(error.filename))}: {error.strerror}", markup=False)
         sys.exit(1)
 
 

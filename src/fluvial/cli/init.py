@@ -72,13 +72,16 @@ def init(
 
     asks = not no_input and _on_terminal()
     from fluvial.data.faults import DataError
-    from fluvial.runs.proposal.limits import LIMITS, limits_of
+    from fluvial.runs.proposal.limits import LIMITS, limits_of, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import facts_about, read_records
 
     renamed = _renamed(column or [])
     chosen_limits = None if limit is None else limits_of(limit)
+
+    if public is not None:
+        read_records(public, "--public")
 
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
@@ -114,6 +117,11 @@ def init(
         if chosen_limits is None and asks
         else chosen_limits or frozenset()
     )
+    if public is not None and not reads_public(chosen):
+        raise ConfigError(
+            "--public: without effect on the method of these limits; remove it, or add --limit "
+            "slow-links"
+        )
     if "slow-links" in chosen and uplink is None and asks:
         uplink = _answer("Slowest uplink in Mbit/s", None, "--uplink", asks, _mbps, "2")
 

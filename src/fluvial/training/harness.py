@@ -8,6 +8,7 @@ folder.
 import difflib
 import json
 import math
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -218,7 +219,16 @@ def _why(name: str, folder: Path | None, error: Exception, *, reached: bool) -> 
             f"--dataset {name}={folder}: its data cannot be read: {reason}; the folder must be a "
             "copy of the data set's repository on the hub"
         )
-    if not reached and isinstance(error, OSError | ValueError):
+    if type(error) is FileNotFoundError:  # a data set that no hub has is an error of another class
+        return (
+            f"--tasks {name}: a file that it names cannot be read: {reason}; a relative path is "
+            "seen from the working directory"
+        )
+    from_data = any(
+        frame.f_globals.get("__name__", "").startswith("datasets.")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+    )
+    if not reached and from_data and isinstance(error, OSError | ValueError):
         return (
             f"--tasks {name}: its data set is not in this machine's cache, and the Hugging Face "
             f"hub cannot be reached ({reason}); load it once with a network, or give a copy of "

@@ -157,6 +157,29 @@ def test_each_limit_gives_a_run_that_passes_check(limit: str) -> None:
         assert config.promise is not None
 
 
+def test_private_updates_over_quick_links_need_no_codec_that_learns(tiny_model: Path) -> None:
+    data = written(answers(10))
+    config = proposed("--model", str(tiny_model), "--data", data, "--limit", "privacy")
+    assert config.promise is not None
+    assert config.codec.name == "identity"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--data", ""], "--data: .*the string is empty"),
+        (["--model", ""], "--model: .*the string is empty"),
+        (["--limit", "none", "--limit", "privacy"], "--limit none: names no limit"),
+        (["--public", "records.jsonl"], "--public: without effect on the method of these limits"),
+        (["--limit", "slow-links", "--public", "no.txt"], "--public: there is no file or folder"),
+    ],
+)
+def test_wrong_options_are_named(options: list[str], words: str, tiny_model: Path) -> None:
+    given = ["--model", str(tiny_model), "--data", written(answers())]
+    with pytest.raises(ConfigError, match=words):
+        run_init("--yes", *given, *options)
+
+
 def test_equal_shares_where_no_record_names_its_owner(tiny_model: Path) -> None:
     rows = [{"text": f"{number} small words"} for number in range(30)]
     options = ("--model", str(tiny_model), "--data", written(rows))

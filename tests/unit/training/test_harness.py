@@ -42,6 +42,18 @@ def test_a_data_set_that_is_not_here_is_named_with_the_remedy(own: Path) -> None
     assert "--dataset far=FOLDER" in text
 
 
+def test_a_fault_of_the_task_s_own_file_is_not_the_network_s(own: Path) -> None:
+    content = json.loads((own / "letters.yaml").read_text())
+    for name, change, words in (
+        ("kind", {"output_type": "none"}, "lm-eval cannot load it"),
+        ("file", {"dataset_kwargs": {"data_files": {"test": "no.jsonl"}}}, "cannot be read: .*no"),
+    ):
+        (own / f"{name}.yaml").write_text(json.dumps(content | {"task": name} | change))
+        with pytest.raises(ConfigError, match=words) as refused:
+            Harness(HarnessConfig((name,), include_path=own))
+        assert "hub" not in str(refused.value)
+
+
 def test_a_folder_takes_the_place_of_the_data_set(own: Path, tiny_model: Path) -> None:
     content = json.loads((own / "letters.yaml").read_text())
     content |= {"task": "far", "dataset_path": "cais/mmlu"}

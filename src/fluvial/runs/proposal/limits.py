@@ -29,6 +29,9 @@ def limits_of(words: Iterable[str]) -> frozenset[Limit]:
         if name and name != "none" and name not in get_args(Limit):
             raise ConfigError(f"--limit {name!r:.40}: choose among {', '.join(LIMITS)}, or none")
 
+    if "none" in names and len(set(names)) > 1:
+        raise ConfigError("--limit none: names no limit, and others are named; remove one or other")
+
     limits = frozenset(cast(Limit, name) for name in names if name in get_args(Limit))
     apart = [name for name in _APART if name in limits]
     if len(apart) > 1:
@@ -46,3 +49,8 @@ def method_for(limits: frozenset[Limit]) -> MethodName:
     if "unequal-sites" in limits:
         return "fedpipe"
     return "cgfedllm" if limits & {"privacy", "slow-links"} else "fedavg"
+
+
+def reads_public(limits: frozenset[Limit]) -> bool:
+    """Return whether public text is used to choose the codec."""
+    return method_for(limits) == "cgfedllm" and "privacy" not in limits

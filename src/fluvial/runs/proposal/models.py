@@ -15,6 +15,7 @@ from fluvial.models.targets import (
 )
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.weights import check_weights
+from fluvial.storage import toml
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def look_at_model(name: str) -> ModelFacts:
 
     That is an encoder, a folder without weights or tokenizer, a hub id that cannot be reached.
     """
-    config = ModelConfig(name_or_path=name)
+    config = toml.read(ModelConfig, {"name_or_path": name}, "--model")
     base: PreTrainedModel = meta_base(config)
     tokenizer = load_tokenizer(config)
     check_tokenizer(tokenizer, base, name)

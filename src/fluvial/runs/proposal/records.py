@@ -27,6 +27,7 @@ from fluvial.runs.proposal.columns import (
     owner_columns,
     value_of,
 )
+from fluvial.storage import toml
 
 MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DELIMITERS = (",", ";", "\t", "|")
@@ -124,19 +125,20 @@ class Sites:
         return f"{len(largest)} sites ({first}{', ...' if len(largest) > 8 else ''})"
 
 
-def read_records(source: str) -> RecordFiles:
-    """Return the rows of a source; raises `ConfigError` for what cannot be read."""
+def read_records(source: str, option: str = "--data") -> RecordFiles:
+    """Return the rows of a source that `option` names; raises `ConfigError` for what cannot be
+    read."""
     if source in BUNDLED:
         raise ConfigError(
-            f"--data {source!r}: is text of this machine that has sites of its own; run it as it "
+            f"{option} {source!r}: is text of this machine that has sites of its own; run it as it "
             "is with `fluvial run recipe:quickstart` or recipe:stdlib"
         )
 
     local = is_local(source)
     reading = _reading(Path(source).expanduser()) if local else {}
-    config = DataConfig.model_validate({"source": source, **reading})
+    config = toml.read(DataConfig, {"source": source, **reading}, option)
     faults = Faults()
-    found = tables(Source("--data", source, config.split, config.reading()), faults)
+    found = tables(Source(option, source, config.split, config.reading()), faults)
     faults.raise_any()
     return RecordFiles(source, local, reading, tuple(found))
 
