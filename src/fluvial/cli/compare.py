@@ -83,6 +83,7 @@ def compare(
         from fluvial.runs.comparison.execute import execute_comparison
         from fluvial.runs.comparison.files import PAGE
         from fluvial.runs.comparison.gathering import gather
+        from fluvial.storage.run_files import COMPARED
 
         comparison = read_comparison(
             configs,
@@ -98,7 +99,7 @@ def compare(
             progress.show(step)
             if step.kind == "failed":
                 failed[step.contender, step.seed] = step.reason
-            if step.kind != "message":
+            if step.kind != "message" or not (path / COMPARED).exists():
                 _write(gather(comparison, path, failed), path)
 
     interrupt.set_advice(str)

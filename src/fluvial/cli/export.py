@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fluvial.cli.console import Format, print_content, print_line
+from fluvial.cli.console import Format, Overrides, print_content, print_line
 from fluvial.cli.progress import spinner
 
 if TYPE_CHECKING:
@@ -40,13 +40,22 @@ def export(
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type of a merged model; auto is that of the base."),
     ] = "auto",
+    overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
     """Write the adapter or the model of a run, with a model card and without local paths."""
     with spinner("reading the run"):
         from fluvial.runs.export import export_run
 
-        made = export_run(run, to, form=form, base=base_name, name_sites=site_names, dtype=dtype)
+        made = export_run(
+            run,
+            to,
+            form=form,
+            base=base_name,
+            name_sites=site_names,
+            dtype=dtype,
+            overrides=overrides or [],
+        )
 
     if format == "json":
         check = made.check

@@ -13,6 +13,8 @@ from fluvial import __version__
 from fluvial.data import with_template
 from fluvial.data.config import DataConfig
 from fluvial.methods.measuring import EvaluateConfig, Texts
+from fluvial.models.digests import weights_digest
+from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.storage import exported
 from fluvial.training.evaluate import has_effect
@@ -105,7 +107,8 @@ def _write(name: str, reporting: Reporting, save: Callable[[Path], None]) -> str
     shutil.rmtree(draft, ignore_errors=True)
     save(draft)
 
-    exported.write(draft, __version__, reporting.settings)
+    base = weights_digest(weights_folder(reporting.pool.config))
+    exported.write(draft, __version__, reporting.settings, base)
     digest = hashlib.sha256()
 
     for path in sorted(draft.glob("*.safetensors")):

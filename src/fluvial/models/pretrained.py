@@ -14,6 +14,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from fluvial import caller
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PretrainedConfig, PreTrainedModel
 from fluvial.models.network import reachable_hub
@@ -33,6 +34,9 @@ Attention = Literal[
 ]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Form of the id of a model on the hub."""
+
+FOLDER = 'model.name_or_path="FOLDER"'
+"""Line that names a base's folder."""
 
 
 class ModelConfig(Settings):
@@ -135,7 +139,10 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     """
     source = source_of(wanted)
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
-        raise ConfigError(f"model.name_or_path: there is no folder {source!r}")
+        raise ConfigError(
+            f"model.name_or_path: there is no folder {source!r}; name it with "
+            f"{caller.setting(FOLDER)}"
+        )
     if not Path(source).is_dir():
         return _from_network(load, wanted, **options)
 

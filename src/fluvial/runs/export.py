@@ -6,7 +6,7 @@ the id that others load it by, and holds a card, no path and no record.
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,7 @@ from fluvial.storage import exported
 from fluvial.storage.files import writing
 from fluvial.storage.run_files import COMPARE, CONFIG, JsonObject, anew, read_run
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
+from fluvial.training.opened import check_base
 
 FORMS = ("peft", "merged", "gguf")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -71,12 +72,14 @@ def export_run(
     base: str | None = None,
     name_sites: bool = False,
     dtype: DType = "auto",
+    overrides: Sequence[str] = (),
 ) -> Exported:
     """Write the result of the run in `folder` to the new folder `to`, by default
     `folder`/export-FORM.
 
     `form` is "peft" or "merged"; by default the adapter, or the model where all weights were tuned.
     `base` is the name of the base model for others, needed for a base without an id of the hub.
+    `overrides` are settings of [model], such as the folder that a base was moved to.
     Raises `CheckpointError` for a run that has not finished, and `ConfigError` for what cannot be
     exported, and where a merged model is not base and adapter.
     """
@@ -101,8 +104,10 @@ def export_run(
         settings = evaluation_settings(
             {"model": config["model"], "data": {}} if adapter is None else adapter.settings(),
             None,
-            [],
+            overrides,
         )
+        if adapter is not None:
+            check_base(adapter, settings.model)
         pool = ModelPool(settings.model, adapter.lora if adapter else None)
         check, rank = None, None
         if form == "merged":

@@ -1,7 +1,8 @@
 """Settings that go with a written adapter or model, so that it is measured as it was trained.
 
-The file `fluvial.json` beside the weights holds the base, the form of the records, their columns
-and template, and the lengths. It goes where the folder goes; the run's own `config.json` does not.
+The file `fluvial.json` beside the weights holds the base and its digest, the form of the records,
+their columns and template, and the lengths. It goes where the folder goes; the run's own
+`config.json` does not.
 """
 
 import json
@@ -26,6 +27,8 @@ BY_FILE = ("encoding", "delimiter")
 """Settings of [data] that hold for files of the run's own kind only."""
 QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")
 """Settings of [model] about quantised weights."""
+BASE_DIGEST = "base_digest"
+"""Key of the digest of the base's weights."""
 MODEL = ("name_or_path", "revision", "dtype", *QUANTISATION)
 
 
@@ -51,9 +54,16 @@ def _suffix(source: Path) -> str:
     return source.suffix
 
 
-def write(folder: Path, version: str, resolved: Mapping[str, Any]) -> None:
-    """Write `FILE` into the folder of an adapter or a model."""
-    content = {"fluvial": version, **settings_of(resolved)}
+def write(
+    folder: Path, version: str, resolved: Mapping[str, Any], base_digest: str | None = None
+) -> None:
+    """Write `FILE` into the folder of an adapter or a model.
+
+    `base_digest` is that of the base's weights (see `models.digests`); None where others load the
+    base by another name, from files that may be written in another way.
+    """
+    digest = {} if base_digest is None else {BASE_DIGEST: base_digest}
+    content = {"fluvial": version, **settings_of(resolved), **digest}
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -10,7 +10,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
 from fluvial.storage.files import read_object
-from fluvial.storage.run_files import CONFIG, EXPORTS, check_weights_written
+from fluvial.storage.run_files import CONFIG, EXPORTS, RESULT, check_weights_written
 from fluvial.wire.tensors import Named, is_finite
 
 _READ = {
@@ -132,6 +132,8 @@ def weights_in(name: str) -> str:
 
 def _hint(folder: Path) -> str:
     """Return where the weights of a run's folder lie, or would lie."""
+    if "fluvial" in (read_object(folder / CONFIG) or {}) and not (folder / RESULT).exists():
+        return "the run in it has not finished; continue it with `fluvial run ... --resume`"
     made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
     return f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
 

@@ -3,9 +3,13 @@
 import logging
 from dataclasses import replace
 
+from fluvial import caller
 from fluvial.errors import ConfigError
+from fluvial.models.digests import weights_digest
+from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import ModelConfig
+from fluvial.models.pretrained import FOLDER, ModelConfig
+from fluvial.storage import exported
 from fluvial.training.folders import AdapterFolder
 from fluvial.wire.tensors import Layout, Named
 
@@ -22,6 +26,7 @@ def open_weights(
     Raises `ConfigError` where the weights do not belong to this base.
     """
     logger.info("loading the base model")
+    check_base(adapter, model)
     shared = pool is not None and not pool.full and adapter.lora is not None
     pool = pool.beside(adapter.lora) if pool and shared else ModelPool(model, adapter.lora)
 
@@ -30,6 +35,25 @@ def open_weights(
 
     _check_fit(adapter, pool.layout, model.name_or_path)
     return pool, adapter.tensors if adapter.lora else _change(adapter.tensors, pool)
+
+
+def check_base(adapter: AdapterFolder, model: ModelConfig) -> None:
+    """Raise `ConfigError` where the files of the base are not those that the run trained on.
+
+    Warn where the caller names another base than the folder does: it may be a copy in another
+    type.
+    """
+    known = adapter.run.get(exported.BASE_DIGEST)
+    if known is None or weights_digest(weights_folder(model)) == known:
+        return
+
+    found = f"model.name_or_path={model.name_or_path!r}: its files are not those of the base that "
+    if model.name_or_path == adapter.base:
+        raise ConfigError(
+            f"{found}{adapter.path} was trained on; restore them, or name a folder that has them "
+            f"with {caller.setting(FOLDER)}"
+        )
+    logger.warning("%s%s was trained on", found, adapter.path)
 
 
 def _change(weights: Named, pool: ModelPool) -> Named:

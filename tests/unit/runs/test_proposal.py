@@ -161,6 +161,7 @@ def test_private_updates_over_quick_links_need_no_codec_that_learns(tiny_model: 
     data = written(answers(10))
     config = proposed("--model", str(tiny_model), "--data", data, "--limit", "privacy")
     assert config.promise is not None
+    assert config.codec is not None
     assert config.codec.name == "identity"
 
 

@@ -4,6 +4,7 @@ what was there stays."""
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.errors import CheckpointError, ConfigError
+from fluvial.models.pretrained import ModelConfig
 from fluvial.report.page import write_html
 from fluvial.runs.export import export_run
 from fluvial.storage.files import write_whole
-from fluvial.training.folders import read_adapter_folder
+from fluvial.training.folders import kind_of, read_adapter_folder
+from fluvial.training.opened import check_base
 from tests.support.runs import run_table, small_table
 
 RUNNER = CliRunner()
@@ -123,3 +126,41 @@ def test_other_weights_than_those_of_the_run_are_noticed(finished: Path, tmp_pat
     save_file({name: tensor + 1e-3 for name, tensor in load_file(weights).items()}, weights)
     with pytest.raises(CheckpointError, match=r"safetensors is damaged: its bytes are not those"):
         read_adapter_folder(adapter)
+
+
+def test_a_base_whose_files_changed_is_refused(finished: Path, tmp_path: Path) -> None:
+    """Its losses and its merged model would be those of another model, without a word."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    config = json.loads((folder / "config.json").read_text())
+    adapter = read_adapter_folder(folder / "adapter")
+    other = tmp_path / "other"
+    shutil.copytree(adapter.base, other)
+    moved = ModelConfig(name_or_path=str(other))
+    check_base(adapter, moved)
+    exported = export_run(
+        folder, tmp_path / "out", form="merged", overrides=[f"model.name_or_path={str(other)!r}"]
+    )
+    assert exported.check is not None
+    assert config["model"]["name_or_path"] not in (tmp_path / "out" / "README.md").read_text()
+
+    weights = other / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ConfigError, match=r"not those of the base that .* was trained on; restore"):
+        check_base(replace(adapter, base=str(other)), moved)
+
+
+def test_another_base_by_name_is_told(
+    finished: Path, tiny_gqa_model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may be a copy in another type, so that it is the user's to decide."""
+    check_base(
+        read_adapter_folder(finished / "adapter"), ModelConfig(name_or_path=str(tiny_gqa_model))
+    )
+    assert "not those of the base" in caplog.text
+
+
+def test_an_unfinished_run_has_no_weights_yet(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"fluvial": "test"}))
+    with pytest.raises(ConfigError, match="has not finished; continue it"):
+        kind_of(str(tmp_path))
