@@ -171,7 +171,7 @@ def forgeries(data: bytes, other: bytes) -> Iterator[tuple[str, bytes]]:
         yield "another reply", other
 
 
-def _model(server: Any) -> bytes:
+def model_bytes(server: Any) -> bytes:
     """Return the bytes of the shared model, or of the state where each site keeps its own."""
     if isinstance(server, LocalServer):
         return server.state().to_bytes()
@@ -199,7 +199,7 @@ def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
 
         server, fleet, _ = played.again(change)
         assert {failure.site for failure in fleet.failures} == {LIAR}
-        silent[task, number] = _model(server)
+        silent[task, number] = model_bytes(server)
 
         for what, forgery in forgeries(data, other):
             if forgery == data:
@@ -223,7 +223,7 @@ def test_whatever_a_site_answers_is_that_sites_failure(played: Round) -> None:
                 task,
                 what,
             )
-            assert _model(server) == silent[task, number], (task, what)
+            assert model_bytes(server) == silent[task, number], (task, what)
 
             with pytest.raises(ClientError, match=LIAR):
                 played.again(lie, on_failure="stop", quorum=0.5)
@@ -309,7 +309,7 @@ def test_an_update_that_is_much_longer_than_the_others_is_that_sites_failure(
     alone, _, _ = fedavg.again(silent)
     assert [failure.site for failure in fleet.failures] == [LIAR]
     assert metrics["sites"] == 2
-    assert _model(server) == _model(alone)
+    assert model_bytes(server) == model_bytes(alone)
 
     with pytest.raises(
         ClientError, match=f"site '{LIAR}' failed: .*(max_update_growth|training with these|beyond)"
@@ -325,7 +325,7 @@ def test_a_weight_beyond_its_share_is_lowered_and_told(fedavg: Round) -> None:
     (told,) = metrics["clipped"]
     others = sum(values(data)["n"] for (_, site, _), data in fedavg.replies.items() if site != LIAR)
     assert told == {"site": LIAR, "weight": 2**31, "counted": math.floor(0.9 / 0.1 * others)}
-    assert _model(server) != _model(honest)
+    assert model_bytes(server) != model_bytes(honest)
     _, _, metrics = fedavg.again(lying(n=2**31)(fedavg), max_weight_share=0.5)
     assert metrics["clipped"][0]["counted"] == others
     _, _, metrics = fedavg.again(lying(n=2**31)(fedavg), max_weight_share=1.0)

@@ -493,7 +493,7 @@ def test_predicted_memory_is_that_of_batches_that_were_not_measured(
     with RunFolder(tmp_path / "run") as folder:
         run = Run(config, folder, pool, texts)
         next(run.events())
-        deciding = Deciding.of(config.method, run.context)  # type: ignore[arg-type]
+        deciding: Deciding = run.server.deciding  # type: ignore[attr-defined]
         profile: Profile = run.server.profiles["west"]  # type: ignore[attr-defined]
 
     longest = max(texts.load("west").train, key=lambda example: len(example.input_ids))

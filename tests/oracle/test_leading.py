@@ -119,15 +119,22 @@ def test_an_honest_update_is_at_least_as_long_as_its_components_say() -> None:
 
 
 @pytest.mark.parametrize("mode", ["stack", "svd"])
-def test_what_arrived_counts_with_the_weight_of_its_site(mode: str) -> None:
-    """T = G + w_1 D_1 + w_2 first(D_2), densely; a module of which nothing arrived counts as
-    unchanged by its site, so that the other one has no larger weight in it."""
+@pytest.mark.parametrize("order", ["falling", "rising"])
+def test_what_arrived_counts_with_the_weight_of_its_site(order: str, mode: str) -> None:
+    """T = G + w_1 D_1 + w_2 first(D_2), densely, in whatever order a site sends its components; a
+    module of which nothing arrived counts as unchanged by its site, so that the other one has no
+    larger weight in it."""
     whole = WholeAdapter(drawn(1))
     changes = {"east": SiteChange.of(drawn(1), drawn(2, 0.3), 3)}
     update = drawn(3, 0.3)
     update = {name: (1e-3 if "a.q" in name else 1.0) * each for name, each in update.items()}
-    components = leading(drawn(1), update, 0.2)
+    components = leading(drawn(1), update, 0.4)
+    assert {tensor.shape for tensor in components.values()} == {(3, 5), (12, 3)}
     assert not any("a.q" in name for name in components)
+    if order == "rising":
+        components = {
+            name: tensor.flip(0 if ".lora_A." in name else 1) for name, tensor in components.items()
+        }
     changes["west"] = SiteChange.of_components(completed(components, layout()), 1)
 
     settings = AggregationSettings(mode=cast(Any, mode), residual_rank=20)

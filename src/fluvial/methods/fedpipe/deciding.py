@@ -9,11 +9,10 @@ from math import ceil
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.federation.adapters import AggregationSettings
-from fluvial.federation.context import Context
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.holding import smallest
 from fluvial.methods.fedpipe.planner.candidates import Candidate, linear_candidates
-from fluvial.methods.fedpipe.planner.decision import Models, Planner
+from fluvial.methods.fedpipe.planner.decision import SIDE_BYTES, Models, Planner
 from fluvial.methods.fedpipe.planner.formats import FORMATS, Format, layered
 from fluvial.methods.fedpipe.planner.memory import Activations, MemoryModel, MemoryPoint
 from fluvial.methods.fedpipe.planner.plan import SitePlan
@@ -25,9 +24,14 @@ from fluvial.methods.fedpipe.planner.sizes import Sizes, sizes_of
 from fluvial.methods.fedpipe.planner.time import TimeModel
 from fluvial.methods.fedpipe.profiles import read_profile
 from fluvial.methods.fedpipe.scores import Scores
-from fluvial.methods.fedpipe.site_configuration import format_of, layers_of
+from fluvial.methods.fedpipe.site_configuration import (
+    SiteConfiguration,
+    format_of,
+    layers_of,
+)
 from fluvial.methods.planning import OPTIMIZER_BYTES
 from fluvial.models.assignment import Assignment
+from fluvial.models.pool import ModelPool
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout
 
@@ -60,9 +64,15 @@ class Deciding:
     seed: int
 
     @classmethod
-    def of(cls, config: FedPipeConfig, context: Context) -> "Deciding":
+    def of(
+        cls,
+        config: FedPipeConfig,
+        pool: ModelPool,
+        codec: CodecSettings,
+        downlink: CodecSettings | None,
+        seed: int,
+    ) -> "Deciding":
         """Return what the plans of a run share."""
-        pool = context.open_pool()
         outline = pool.outline
         run = outline.assignment
         most = max(rank for _, rank in run.ranks)
@@ -75,10 +85,10 @@ class Deciding:
             sizes_of(outline.base, width, pool.config.quantization_correction),
             run,
             candidates,
-            _rate(context.codec, context.layout),
-            1 if context.downlink is None else _rate(context.downlink, context.layout),
+            _rate(codec, pool.layout),
+            1 if downlink is None else _rate(downlink, pool.layout),
             max(each.rows / each.width for each in candidates) if config.factors == "B" else 1.0,
-            context.seed,
+            seed,
         )
 
     @property
@@ -183,6 +193,19 @@ class Deciding:
         frozen = FROZEN_BYTES + ceil((OPTIMIZER_BYTES - FROZEN_BYTES) * self.trained_share)
         # Sites measure with both factors trained.
         return Models(profile, replace(memory.calibrated(points), lora_bytes=frozen), time)
+
+    def memory_bytes(self, profile: Profile, configuration: SiteConfiguration) -> int:
+        """Return the most bytes of a site's training by its configuration, with its side path."""
+        assignment = configuration.assignment
+        trained = assignment.trained.numel
+        memory = self.models(profile).memory.total(
+            layered(format_of(assignment), layers_of(assignment)),
+            assignment.batch,
+            min(configuration.length, profile.tokens[-1].length),
+            checkpointing=configuration.checkpointing,
+            lora=trained,
+        )
+        return memory + SIDE_BYTES * (assignment.layout.numel - trained)
 
     def decide(
         self,

@@ -73,7 +73,8 @@ class FedPipeServer(SharedModelServer):
     @cached_property
     def deciding(self) -> Deciding:
         """Everything that plans share; the base's shapes are read when it is first used."""
-        return Deciding.of(self.config, self.context)
+        run = self.context
+        return Deciding.of(self.config, run.open_pool(), run.codec, run.downlink, run.seed)
 
     @cached_property
     def configurations(self) -> Configurations:

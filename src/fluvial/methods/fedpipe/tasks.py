@@ -16,7 +16,9 @@ from fluvial.exchange import STALE, LocalUpdate, Terms, receive_exchange
 from fluvial.federation import sites
 from fluvial.federation.adapters import factor_names, modules_of
 from fluvial.federation.sites import Site, train_locally
+from fluvial.formatting import human_bytes
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.deciding import Deciding
 from fluvial.methods.fedpipe.importance import Meter, spectrum
 from fluvial.methods.fedpipe.measure import full_load, held, measured, tokens_within
 from fluvial.methods.fedpipe.planner.profile import Profile
@@ -43,6 +45,9 @@ STEPS = "steps"
 SECONDS = "s"
 """Name of the reply value that carries seconds, as text of one length, so that the bytes of a run
 do not depend on the time that it takes."""
+MEMORY_SLACK = 1.1
+"""Memory of a plan over that of the site, up to which the site takes it: predictions are that
+exact."""
 MOST_SECONDS = 999_999.999
 LEAST_SECONDS = 0.001
 """Least seconds that training counts with: a slowness of zero would never change again."""
@@ -74,6 +79,16 @@ def _held(site: Site) -> Assignment:
     return run if format == format_of(run) else with_format(run, format)
 
 
+def _profile(site: Site) -> Profile:
+    """Return what the site has measured of itself; where it has lost it, measure again."""
+    stored = site.recall(PROFILE)
+    if stored.values:
+        return Profile.from_values(stored.values)
+    known = measured(site, site.method)
+    site.keep(PROFILE, Payload(values=known.to_values()))
+    return known
+
+
 def evaluate(site: Site, message: Payload) -> Payload:
     """Measure on held-out text as all methods do, over the base as the site holds it."""
     base = _held(site)
@@ -100,8 +115,7 @@ def probe(site: Site, message: Payload) -> Payload:
     """
     config: FedPipeConfig = site.method
     number = message.whole("number", 0, site.rounds)
-    stored = site.recall(PROFILE)
-    known = Profile.from_values(stored.values) if stored.values else measured(site, config)
+    known = _profile(site)
     if not known.peaks:
         raise WireError("probe: the memory of this site has no room for a pass")
 
@@ -170,7 +184,8 @@ def _energies(factors: Named, module: str, rank: int) -> torch.Tensor:
 
 
 def configure(site: Site, message: Payload) -> Payload:
-    """Keep the plan in `message`; raises `WireError` for one that the settings do not allow."""
+    """Keep the plan in `message`; raises `WireError` for one that the settings do not allow, or for
+    which the site has no memory by what it measured itself."""
     config: FedPipeConfig = site.method
     run = run_assignment(site)
     plan = SiteConfiguration.from_payload(message, run)
@@ -180,8 +195,21 @@ def configure(site: Site, message: Payload) -> Payload:
     if any(layer >= layers for layer, _ in plan.assignment.quantisation.layers):
         raise WireError(f"plan: a layer has a format of its own, beyond the {layers} of the model")
     message.whole(VERSION, 1, MOST_VERSIONS)
+    _check_memory(site, plan)
     site.keep(PLAN, message)
     return Payload()
+
+
+def _check_memory(site: Site, plan: SiteConfiguration) -> None:
+    """Raise `WireError` for a plan that needs more memory than the site has."""
+    deciding = Deciding.of(site.method, site.pool, site.codec, site.downlink, site.seed)
+    profile = _profile(site)
+    needed = deciding.memory_bytes(profile, plan)
+    if needed > MEMORY_SLACK * profile.memory_bytes:
+        raise WireError(
+            f"plan: training by it needs {human_bytes(needed)}, more than the "
+            f"{human_bytes(profile.memory_bytes)} of this site"
+        )
 
 
 def train(site: Site, message: Payload) -> Payload:
