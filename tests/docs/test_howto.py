@@ -72,10 +72,11 @@ def masked(text: str) -> str:
     return " ".join(re.sub(r"\b[0-9a-f]{16}\b|\d[\d.,:TZ-]*", "#", text).split())
 
 
-def walk(page: Path) -> None:
+def walk(page: Path, *, whole: bool = True) -> None:
     """Run the blocks of a page in their order, and compare what they print, but for figures.
 
-    A text that follows no output is no output.
+    Without `whole`, a line is compared up to its first figure: plans of sites depend on the
+    machine. A text that follows no output is no output.
     """
     printed = ""
     wrong = []
@@ -89,10 +90,9 @@ def walk(page: Path) -> None:
             printed = run(block)
         elif printed:
             shown = [masked(line) for line in printed.splitlines()]
+            lines = [line if whole else re.split(r"\d", line)[0] for line in block.splitlines()]
             wrong += [
-                (line, printed)
-                for line in block.splitlines()
-                if not any(masked(line) in each for each in shown)
+                (line, printed) for line in lines if not any(masked(line) in each for each in shown)
             ]
 
     assert not wrong, "\n".join(f"not printed: {line}\n{printed}" for line, printed in wrong)
@@ -115,7 +115,7 @@ def test_slow_links() -> None:
 
 @pytest.mark.slow
 def test_unequal_gpus() -> None:
-    walk(FOLDER / "unequal-gpus.md")
+    walk(FOLDER / "unequal-gpus.md", whole=False)
     assert read_site_file(Path("site.toml")).memory_mb == 8000
 
 
