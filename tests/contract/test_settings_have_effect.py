@@ -245,6 +245,7 @@ SLOW: dict[str, tuple[Table, Any]] = {
     ),
     "CgFedLlmConfig.fraction": (LEARNS, FRACTION),
     "CgFedLlmConfig.server_learning_rate": (LEARNS, 1.5),
+    "CgFedLlmConfig.server_momentum": (LEARNS, 0.9),
     "CgFedLlmConfig.representation": (LEARNS, "state"),
     "CgFedLlmConfig.tgap": (LEARNS, TGAP | {"share": 0.6}),
     "CgFedLlmConfig.aggregation": (

@@ -96,13 +96,19 @@ def test_one_site_is_plain_local_training(one_site: dict[str, Any], tmp_path: Pa
     )
 
 
-def test_server_momentum_is_nesterov_sgd_of_torch(one_site: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "method", [{"name": "fedavg"}, {"name": "cgfedllm", "tgap": {"source": "none"}}], ids=str
+)
+def test_server_momentum_is_nesterov_sgd_of_torch(
+    method: dict[str, Any], one_site: dict[str, Any], tmp_path: Path
+) -> None:
     """Three rounds of one site, with `torch.optim.SGD` as the server's optimizer, and resumed.
 
     The tolerance (squared, relative) is for fp32 sums in another order.
     """
-    method = {"name": "fedavg", "server_momentum": 0.9, "server_learning_rate": 0.7}
-    table = one_site | {"rounds": 3, "method": method}
+    outer_settings = {"server_momentum": 0.9, "server_learning_rate": 0.7}
+    codec = {"name": "identity"}
+    table = one_site | {"rounds": 3, "method": method | outer_settings, "codec": codec}
     config = parse(table, "test")
     pool = ModelPool(config.model, config.lora)
     texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)

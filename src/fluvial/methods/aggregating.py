@@ -3,10 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
+from pydantic import Field
+
 from fluvial.errors import ConfigError
 from fluvial.exchange import EVERY_REPLY, Exchange, Handout, Rule, Terms, Update, check_unequal
 from fluvial.exchange.fitting import OnRefusal
 from fluvial.federation.adapters import (
+    AB_MEAN,
     AggregationSettings,
     SiteChange,
     WholeAdapter,
@@ -15,13 +18,45 @@ from fluvial.federation.adapters import (
 )
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Factors
-from fluvial.methods.interface import Context, Given, Metrics
+from fluvial.methods.interface import Context, Given, Metrics, SampledSettings
 from fluvial.methods.shared import move
 from fluvial.models.assignment import Assignment
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, join, split
-from fluvial.wire.tensors import Layout, Named, factor
+from fluvial.wire.tensors import Layout, Named, add, factor, scale
+
+
+class AveragingSettings(SampledSettings):
+    """Settings of a server that moves the adapter of all sites by the mean of their updates."""
+
+    server_learning_rate: float = Field(1.0, gt=0, le=4)
+    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
+    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
+    server_momentum: float = Field(0.0, ge=0, lt=1)
+    """Nesterov momentum of the server over the mean updates; 0 is FedAvg. The outer optimizer of
+    DiLoCo (Douillard et al., 2023, https://arxiv.org/abs/2311.08105) has 0.9 and a
+    `server_learning_rate` of 0.7."""
+    aggregation: AggregationSettings = AB_MEAN
+    """Aggregation of the sites' adapters. By default the means of A and of B, as in FedIT and
+    CG-FedLLM."""
+
+    def conflicts(self) -> Iterator[str]:
+        """See `Settings`."""
+        yield from equal_ranks(self.aggregation)
+        mode = self.aggregation.mode
+        if mode != "ab-mean" and self.server_learning_rate != 1:
+            yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
+        if mode != "ab-mean" and self.server_momentum:
+            yield f"server_momentum: without effect under aggregation.mode={mode!r}; remove it"
+
+    @property
+    def server_optimizer(self) -> dict[str, float]:
+        """Return the settings by which the server moves, for a baseline that moves alike."""
+        return {
+            "server_learning_rate": self.server_learning_rate,
+            "server_momentum": self.server_momentum,
+        }
 
 
 class SharedAdapter:
@@ -41,6 +76,7 @@ class SharedAdapter:
         rule: Rule = EVERY_REPLY,
         run: Assignment | None = None,
         handout: Handout | None = None,
+        momentum: float = 0.0,
     ) -> None:
         """Begin with the initial adapter, which follows from the seed.
 
@@ -69,6 +105,9 @@ class SharedAdapter:
             handout=handout,
         )
         self._changes: dict[str, SiteChange] = {}
+        self.momentum = momentum
+        """Share of the velocity that a round keeps."""
+        self._velocity: Named = {}
 
     def updates(self, fleet: Fleet, cohort: Sequence[str], *, round: int) -> Iterator[Update]:
         """Send the adapter to the cohort and yield its updates; see `Exchange.updates`."""
@@ -103,13 +142,11 @@ class SharedAdapter:
             return SiteChange.of_components(update.tensors, update.weight)
         return SiteChange.of(self.exchange.received(update.site), update.tensors, update.weight)
 
-    def step(
-        self, mean: Named, learning_rate: float, *, round: int, move_by: Named | None = None
-    ) -> Metrics:
+    def step(self, mean: Named, learning_rate: float, *, round: int) -> Metrics:
         """Move by the updates of a round, whose mean is `mean`; return measures of both.
 
-        Mean and `learning_rate` count under "ab-mean"; updates of unequal ranks have no mean.
-        `move_by` is the step of an optimizer of the server that takes the place of the mean.
+        Mean, `learning_rate` and momentum count under "ab-mean"; updates of unequal ranks have no
+        mean.
         """
         measures: Metrics = {}
         whole = self.whole
@@ -127,13 +164,23 @@ class SharedAdapter:
             self._changes = {}
 
         if self.settings.mode == "ab-mean":
-            step = mean if move_by is None else move_by
-            whole = WholeAdapter(move(self.whole.adapter, step, learning_rate))
+            whole = WholeAdapter(move(self.whole.adapter, self._ahead(mean), learning_rate))
         self.whole = whole
         closed = (
             self.exchange.close(mean, round) if self.run is None else self.exchange.close_assigned()
         )
         return {**measures, **closed}
+
+    def _ahead(self, mean: Named) -> Named:
+        """Return the Nesterov step of a mean update, `mean + m v`, with `v` its velocity after it.
+
+        The formula is that of `torch.optim.SGD(nesterov=True)` for a gradient of `-mean`.
+        """
+        if not self.momentum:
+            return mean
+        kept = scale(self._velocity, self.momentum)
+        self._velocity = add(kept, mean) if kept else mean
+        return add(mean, scale(self._velocity, self.momentum))
 
     @property
     def exported(self) -> Assignment | None:
@@ -153,14 +200,20 @@ class SharedAdapter:
         return redistribute(self.whole.merged(dict(self.exported.ranks)), self.exported)
 
     def state(self) -> Payload:
-        """Return the adapter, and what the exchange remembers."""
-        return join({"whole": self.whole.state(), "exchange": self.exchange.state()})
+        """Return the adapter, its velocity if there is one, and what the exchange remembers."""
+        parts = {"whole": self.whole.state(), "exchange": self.exchange.state()}
+        if self.momentum:
+            parts["velocity"] = Payload(self._velocity)
+        return join(parts)
 
     def restore(self, state: Payload) -> None:
         """Become the adapter whose `state` this was."""
-        halves = split(state, ("whole", "exchange"))
-        self.whole = self.whole.restored(halves["whole"])
-        self.exchange.restore(halves["exchange"])
+        names = ("whole", "exchange", "velocity") if self.momentum else ("whole", "exchange")
+        parts = split(state, names)
+        self.whole = self.whole.restored(parts["whole"])
+        self.exchange.restore(parts["exchange"])
+        if self.momentum:
+            self._velocity = dict(parts["velocity"].tensors)
 
 
 def frozen_factor(settings: AggregationSettings, factors: Factors) -> Iterator[str]:

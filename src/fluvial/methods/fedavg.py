@@ -29,16 +29,15 @@ from fluvial.exchange import (
     shared,
     shared_tasks,
 )
-from fluvial.federation.adapters import AB_MEAN, AggregationSettings
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.cohort import sample
 from fluvial.federation.config import Bound
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Factors, Site, factor_layout, train_locally
 from fluvial.methods.aggregating import (
+    AveragingSettings,
     SharedAdapter,
     check_aggregation,
-    equal_ranks,
     frozen_factor,
     side_download,
 )
@@ -49,17 +48,16 @@ from fluvial.methods.interface import (
     MethodSettings,
     Metrics,
     Plan,
-    SampledSettings,
     Traits,
 )
 from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
 from fluvial.methods.shared import SharedModelServer
 from fluvial.models.assignment import Assignment
-from fluvial.wire.payload import Payload, join, split
-from fluvial.wire.tensors import Layout, Named, add, scale
+from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, Named
 
 
-class FedAvgConfig(SampledSettings):
+class FedAvgConfig(AveragingSettings):
     """FedIT; FFA-LoRA with `factors = "B"`."""
 
     name: Literal["fedavg"] = "fedavg"
@@ -67,26 +65,12 @@ class FedAvgConfig(SampledSettings):
     """Share of the sites in a round's cohort; FedIT uses 0.05 of 100."""
     factors: Factors = "A and B"
     """Factors that are tuned and sent: both (FedIT), or B with A frozen (FFA-LoRA)."""
-    server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
-    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
-    server_momentum: float = Field(0.0, ge=0, lt=1)
-    """Nesterov momentum of the server over the mean updates; 0 is FedAvg. The outer optimizer of
-    DiLoCo (Douillard et al., 2023, https://arxiv.org/abs/2311.08105) has 0.9 and a
-    `server_learning_rate` of 0.7."""
     tgap: TgapConfig = PUBLIC_TGAP
     """Pre-training of a codec that learns; without effect for the others."""
-    aggregation: AggregationSettings = AB_MEAN
-    """Aggregation of the sites' adapters. By default the means of A and of B, which is FedIT."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        yield from equal_ranks(self.aggregation)
-        mode = self.aggregation.mode
-        if mode != "ab-mean" and self.server_learning_rate != 1:
-            yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
-        if mode != "ab-mean" and self.server_momentum:
-            yield f"server_momentum: without effect under aggregation.mode={mode!r}; remove it"
+        yield from super().conflicts()
         yield from frozen_factor(self.aggregation, self.factors)
 
 
@@ -121,9 +105,15 @@ class FedAvgServer(SharedModelServer):
     def __init__(self, config: FedAvgConfig | CentralConfig, context: Context) -> None:
         self.config = config
         self.context = context
-        settings = AB_MEAN if isinstance(config, CentralConfig) else config.aggregation
-        self.shared = SharedAdapter(settings, context, terms(config, context.codec))
-        self._velocity: Named = {}
+        moving = FedAvgConfig() if isinstance(config, CentralConfig) else config
+        self.learning_rate = moving.server_learning_rate
+        """Mean updates that the server moves by; 1 where all data is at one place."""
+        self.shared = SharedAdapter(
+            moving.aggregation,
+            context,
+            terms(config, context.codec),
+            momentum=moving.server_momentum,
+        )
 
     @property
     def adapter(self) -> Named:
@@ -146,32 +136,8 @@ class FedAvgServer(SharedModelServer):
             aggregate.add(update)
 
         mean = aggregate.mean()
-        measures = self.shared.step(
-            mean, self.learning_rate, round=number, move_by=self._ahead(mean)
-        )
+        measures = self.shared.step(mean, self.learning_rate, round=number)
         return {**aggregate.metrics(mean), **measures}
-
-    def _ahead(self, mean: Named) -> Named:
-        """Return the Nesterov step of a mean update, `mean + m v`, with `v` its velocity after it.
-
-        The formula is that of `torch.optim.SGD(nesterov=True)` for a gradient of `-mean`.
-        """
-        momentum = self._server_momentum
-        if not momentum:
-            return mean
-        kept = scale(self._velocity, momentum)
-        self._velocity = add(kept, mean) if kept else mean
-        return add(mean, scale(self._velocity, momentum))
-
-    @property
-    def _server_momentum(self) -> float:
-        """Share of the velocity that a round keeps."""
-        return self.config.server_momentum if isinstance(self.config, FedAvgConfig) else 0.0
-
-    @property
-    def learning_rate(self) -> float:
-        """Mean updates that the server moves by."""
-        return self.config.server_learning_rate if isinstance(self.config, FedAvgConfig) else 1.0
 
     def model(self) -> Named:
         """Return the global adapter."""
@@ -183,19 +149,12 @@ class FedAvgServer(SharedModelServer):
         return self.shared.exported
 
     def state(self) -> Payload:
-        """Return the adapter, its velocity if there is one, and what the exchange remembers."""
-        if not self._server_momentum:
-            return self.shared.state()
-        return join({"shared": self.shared.state(), "velocity": Payload(self._velocity)})
+        """Return the adapter, and what the exchange remembers."""
+        return self.shared.state()
 
     def restore(self, state: Payload) -> None:
         """Become the server whose `state` this was."""
-        if not self._server_momentum:
-            self.shared.restore(state)
-            return
-        parts = split(state, ("shared", "velocity"))
-        self.shared.restore(parts["shared"])
-        self._velocity = dict(parts["velocity"].tensors)
+        self.shared.restore(state)
 
 
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:

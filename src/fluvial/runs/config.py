@@ -16,6 +16,7 @@ from fluvial.data import DataConfig, inlined_template
 from fluvial.errors import ConfigError
 from fluvial.federation.config import FleetConfig
 from fluvial.methods import METHODS, Baseline, Method, MethodConfig
+from fluvial.methods.aggregating import AveragingSettings
 from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.methods.interface import Promise, Tune
 from fluvial.methods.measuring import EvaluateConfig
@@ -277,7 +278,10 @@ class RunConfig(Settings):
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and
-        without the settings that the other method has no use for."""
+        without the settings that the other method has no use for.
+
+        The uncompressed run moves the server's adapter as this one does.
+        """
         left_out = {"codec", "downlink", "compare", "budget", "page", "profile"}
         table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
@@ -288,7 +292,10 @@ class RunConfig(Settings):
         if self.tuned == "full":  # of parts with an adapter, which a baseline does not have
             table.pop("lora", None)
 
-        return RunConfig.model_validate({**table, "method": {"name": name}, "tune": self.tuned})
+        method: dict[str, Any] = {"name": name}
+        if name == "fedavg" and isinstance(self.method, AveragingSettings):
+            method |= self.method.server_optimizer
+        return RunConfig.model_validate({**table, "method": method, "tune": self.tuned})
 
     def resolved(self) -> dict[str, Any]:
         """Every setting with its value, as JSON types."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fluvial.errors import ConfigError
+from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.runs.config import RunConfig, difference, load, parse
 from tests.support import ROOT
 
@@ -167,6 +168,14 @@ def test_a_baseline_keeps_everything_but_method_and_codec() -> None:
         "compare",
         "method",
     }
+
+
+def test_the_uncompressed_baseline_moves_the_servers_adapter_alike() -> None:
+    config = parse({"method": {"name": "cgfedllm", "server_momentum": 0.5}}, "x")
+    method = config.baseline("fedavg").method
+    assert isinstance(method, FedAvgConfig)
+    assert method.server_momentum == 0.5
+    assert config.baseline("local").method.name == "local"
 
 
 def test_a_resolved_configuration_is_complete_and_loads_again() -> None:

@@ -81,6 +81,7 @@ class CgFedLlmServer(SharedModelServer):
             terms(config, context.codec),
             on_refusal=config.gate,
             rule=rule(config.privacy),
+            momentum=config.server_momentum,
         )
         self.longest = 0.0
         self.rounds_done = 0

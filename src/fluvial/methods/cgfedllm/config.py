@@ -7,23 +7,19 @@ from pydantic import Field
 
 from fluvial.exchange import TgapConfig
 from fluvial.exchange.representation import Representation
-from fluvial.federation.adapters import AB_MEAN, AggregationSettings
 from fluvial.federation.config import BOUNDS, Bound
-from fluvial.methods.aggregating import equal_ranks
+from fluvial.methods.aggregating import AveragingSettings
 from fluvial.methods.cgfedllm.privacy import PrivacyConfig
-from fluvial.methods.interface import Promise, SampledSettings
+from fluvial.methods.interface import Promise
 
 
-class CgFedLlmConfig(SampledSettings):
+class CgFedLlmConfig(AveragingSettings):
     """CG-FedLLM; defaults are the paper's where it gives them."""
 
     name: Literal["cgfedllm"] = "cgfedllm"
     fraction: float = Field(1.0, gt=0, le=1)
     """Share of the sites in a round's cohort; 0.05 of 100 with Dolly, 1 of 3 with C-Eval and
     MMLU."""
-    server_learning_rate: float = Field(1.0, gt=0, le=4)
-    """Mean updates that the server moves by; 1 is FedAvg. Error feedback delays what it repairs,
-    and a little more than 1 makes up for that (ours; measured in docs/methods/cgfedllm.md)."""
     representation: Representation = "delta"
     """Form of what is coded: the update, or the whole adapter ("state", the letter of Algorithm 1).
     Ours: delta, because the update is 0.04 % of the state's energy and drowns in the codec's
@@ -35,26 +31,22 @@ class CgFedLlmConfig(SampledSettings):
     on."""
     privacy: PrivacyConfig | None = None
     """Differential privacy of what a site releases; none where this is absent."""
-    aggregation: AggregationSettings = AB_MEAN
-    """Aggregation of the sites' adapters. By default the means of A and of B, the paper's."""
     max_growth: float = Field(10.0, gt=1, le=1e9)
     """Times by which an aggregate update may be longer than the longest before it; beyond that the
     run stops (spec g.12)."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        yield from super().conflicts()
         if self.tgap.source == "none" and self.gate != type(self).model_fields["gate"].default:
             yield "gate: without effect under tgap.source='none', which measures nothing; remove it"
         yield from self._beside_aggregation()
 
     def _beside_aggregation(self) -> Iterator[str]:
         """Yield a line for each setting that cannot be set with another aggregation."""
-        yield from equal_ranks(self.aggregation)
         mode = self.aggregation.mode
         if mode == "ffa":
             yield "aggregation.mode='ffa': needs a frozen A; use method.name='fedavg'"
-        if mode != "ab-mean" and self.server_learning_rate != 1:
-            yield f"server_learning_rate: without effect under aggregation.mode={mode!r}; remove it"
         if mode != "ab-mean" and self.representation == "state":
             yield f"representation='state': not with aggregation.mode={mode!r}; use 'delta'"
         if self.aggregation.holds_updates and self.privacy is not None:
