@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 NARROW = 80
 """Columns of a terminal below which the answers stand one after the other."""
+MAX_SEED = 2**31 - 1
 NEW = "/new"
 """Line that begins a new conversation."""
 
@@ -49,7 +50,8 @@ def chat(
         float, typer.Option(min=0, max=10, help="0 takes the most likely token every time.")
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the draws, the same for both models.")
+        int,
+        typer.Option(min=0, max=MAX_SEED, help="Seed of the draws, the same for both models."),
     ] = 0,
     template: Annotated[
         Literal["auto", "chat", "plain"],
@@ -63,6 +65,8 @@ def chat(
     The answers are shown as they are generated. Ctrl-D ends, /new begins a new conversation.
     """
     talks = prompt is None and sys.stdin.isatty()
+    if prompt is not None and not prompt.strip():
+        raise ConfigError("--prompt: is blank; write a prompt, or leave it out to be asked for one")
     if format == "json" and talks:
         raise ConfigError("--format json: needs --prompt, or prompts on standard input")
 
@@ -83,15 +87,28 @@ def chat(
                 for speaker in chat.speakers:
                     speaker.forget()
             elif text.strip():
-                _answer(chat, text, sampling, format)
+                try:
+                    _answer(chat, text, sampling, format)
+                except ConfigError as error:
+                    if not talks:
+                        raise
+                    err.print(safe_text(str(error)), style="red", markup=False)
 
 
 def _prompts(talks: bool) -> Iterator[str]:
-    """Yield lines of standard input, without their line breaks."""
-    if not talks:
-        yield from (line.rstrip("\n") for line in sys.stdin)
-        return
+    """Yield lines of standard input, without their line breaks; raises `ConfigError` where they are
+    no text."""
+    try:
+        yield from _typed() if talks else (line.rstrip("\n") for line in sys.stdin)
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"standard input: byte 0x{error.object[error.start]:02x} is no {error.encoding}; write "
+            f"the prompts in {error.encoding}"
+        ) from None
 
+
+def _typed() -> Iterator[str]:
+    """Yield lines as a person types them, until Ctrl-D."""
     with suppress(ImportError):
         import readline  # noqa: F401 - lets the user edit the line
 

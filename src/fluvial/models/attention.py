@@ -9,7 +9,6 @@ from fluvial.errors import ConfigError
 from fluvial.models.building import building
 from fluvial.models.hf import PretrainedConfig
 from fluvial.models.pretrained import ModelConfig, dtype_of, from_settings, read_config
-from fluvial.models.stored import first_line
 
 PACKAGES = {
     "flash_attention_2": "flash_attn",
@@ -52,8 +51,8 @@ def check_attention(config: ModelConfig, device: torch.device) -> None:
             AutoModelForCausalLM.from_config(base_config, dtype=dtype_of(config))
         except Exception as error:
             raise ConfigError(
-                f"{where}: transformers does not have it for this architecture: "
-                f"{first_line(error)}; set another"
+                f"{where}: transformers does not have it for {base_config.model_type!r}; set "
+                "another, or remove it"
             ) from error
 
 

@@ -57,9 +57,8 @@ def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:
         for name in (f"{key}.{inner}" for inner in value) if isinstance(value, dict) else (key,):
             if name not in known and not name.startswith("model."):
                 raise ConfigError(
-                    f"--set {name}: without effect on {'this' if records else 'a'} "
-                    f"evaluation{'' if records else ' without --data'}; known here: "
-                    f"{', '.join(sorted(known))}"
+                    f"--set {name}: without effect {'' if records else 'without --data '}on what "
+                    f"is done with these weights; known here: {', '.join(sorted(known))}"
                 )
 
 

@@ -204,8 +204,24 @@ def test_a_model_whose_weights_are_no_numbers_is_refused(tiny_model: Path, tmp_p
         Chat(str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("given", "options", "words"),
+    [
+        (b"\xff\n", [], "standard input: byte 0xff is no utf-8; write the prompts in utf-8"),
+        (b"", ["--prompt", " "], "--prompt: is blank"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(
+    run: Path, given: bytes, options: list[str], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        RUNNER.invoke(app, ["chat", str(run), *options], input=given, catch_exceptions=False)
+    assert RUNNER.invoke(app, ["chat", str(run), "--seed", str(2**63)]).exit_code == 2
+
+
 def test_a_terminal_shows_both_in_columns_and_ctrl_c_ends_with_130(run: Path) -> None:
-    """A real terminal: a question, two columns, and Ctrl-C, which shows the cursor again."""
+    """A real terminal: a question, two columns, a question that is too long, which does not end the
+    conversation, and Ctrl-C, which shows the cursor again."""
     terminal, inner = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "fluvial.cli", "chat", str(run), "--max-new-tokens", "8"],
@@ -231,6 +247,11 @@ def test_a_terminal_shows_both_in_columns_and_ctrl_c_ends_with_130(run: Path) ->
         os.write(terminal, f"{TEXT}\n".encode())
         shown = shown_until("> ")
         assert re.search(r"base +tuned", re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown)), shown
+        os.write(terminal, f"{'river ' * 200}\n{TEXT}\n".encode())
+        shown_until("fills the model's context")
+        shown_until("tuned")
+        shown_until("> ")
+        time.sleep(1)  # a signal that comes just as `input` begins waits for a key
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE_S) == 130
         assert b"\x1b[?25h" in os.read(terminal, 4096)
