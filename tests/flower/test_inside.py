@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,6 +24,8 @@ from fluvial.federation.line import FLOWER
 from fluvial.flower.envelope import SMALL, pack, unpack
 from fluvial.flower.executor import OutOfStepError
 from fluvial.flower.inbox import pull_complete
+from fluvial.flower.site import site_process
+from tests.support.site_process import site_file
 
 pytestmark = pytest.mark.flower
 
@@ -271,6 +274,37 @@ def test_a_message_that_is_not_awaited_any_more_is_given_up(coming: Message) -> 
 
     with pytest.raises(ClientError, match="the SuperNode dropped an incomplete message"):
         pull(cast(Any, runtime), Tasks(cast(Any, Waiting())))
+
+
+def test_messages_that_take_long_measure_the_link(
+    coming: Message, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A message that comes in 4 s, its answer in 30 s of work, which leaves in 10 s."""
+    from fluvial.flower import executor
+
+    now = [0.0]
+
+    def taking(seconds: float, result: Any) -> Any:
+        def done(*_: Any) -> Any:
+            now[0] += seconds
+            return result
+
+        return done
+
+    site = site_file(tmp_path)
+    for name, value in (
+        ("time", SimpleNamespace(monotonic=lambda: now[0])),
+        ("_client", lambda *_, **__: SimpleNamespace(close=lambda: None)),
+        ("_beating", lambda _: nullcontext()),
+        ("pull", taking(4.0, (coming, None))),
+        ("respond", taking(30.0, (bytes(10**6), {"error": ""}))),
+        ("_hand_over", taking(10.0, None)),
+        ("push_task_output", lambda **_: None),
+    ):
+        monkeypatch.setattr(executor, name, value)
+    executor._task("", "", cast(Any, None), site, resident=True)
+    transfers = site_process(site).transfers
+    assert (transfers.down_bytes_s, transfers.up_bytes_s) == (7000 / 4, 10**6 / 10)
 
 
 class Outbox:

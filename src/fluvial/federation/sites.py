@@ -13,6 +13,7 @@ from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
+from fluvial.federation.transfers import Transfers
 from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.generation import count_too_long
 from fluvial.models.pool import ModelPool
@@ -49,6 +50,8 @@ class Site:
     """State by slot that is stored when the answer counts: a payload, or the file of a draft."""
     memory_mb: float | None = None
     """Most memory of the site's training, in 10^6 bytes, as its operator says; None without."""
+    transfers: Transfers = field(default_factory=Transfers)
+    """Rates of the site's link, as its messages showed them."""
     assigned: Assignment | None = None
     """Assignment that a message brought; None for the run's own."""
 

@@ -28,6 +28,16 @@ def pack(data: bytes, header: dict[str, Any]) -> RecordDict:
     return RecordDict({_PAYLOAD: ArrayRecord({"p": array}), "header": ConfigRecord(header)})
 
 
+def size_of(content: RecordDict) -> int:
+    """Return the bytes of the payload in the content of a message, 0 without one."""
+    beside = content.get(_PAYLOAD)
+    if isinstance(beside, ArrayRecord):
+        return sum(len(array.data) for array in beside.values())
+    header = content.get("header")
+    payload = header.get(_PAYLOAD) if isinstance(header, ConfigRecord) else None
+    return len(payload) if isinstance(payload, bytes) else 0
+
+
 def unpack(message: Message, *, max_bytes: int) -> tuple[bytes, dict[str, Any]]:
     """Return payload and header of a message from outside; raise `WireError`."""
     record = message.content.get("header")

@@ -38,7 +38,7 @@ from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fluvial.errors import ClientError, RefusalError
 from fluvial.flower import OUT_OF_STEP
-from fluvial.flower.envelope import pack
+from fluvial.flower.envelope import pack, size_of
 from fluvial.flower.site import respond, site_process
 from fluvial.site_process.site_file import SiteFile
 
@@ -122,10 +122,13 @@ def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, residen
     context = None
     status = "failed"
     details = "the task failed for an unknown reason"
+    transfers = site_process(site).transfers
 
     try:
         with _beating(client):
+            began_s = time.monotonic()
             message, context = pull(client, tasks)
+            transfers.received(size_of(message.content), time.monotonic() - began_s)
             if not resident:
                 _prepare(site)
 
@@ -134,7 +137,10 @@ def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, residen
             data, header = (
                 _collect(child, site, message.metadata.ttl) if child else respond(site, message)
             )
-            _hand_over(client, tasks, Message(pack(data, header), reply_to=message), context)
+            reply = Message(pack(data, header), reply_to=message)
+            began_s = time.monotonic()
+            _hand_over(client, tasks, reply, context)
+            transfers.sent(size_of(reply.content), time.monotonic() - began_s)
 
         status = "completed"
         details = ""

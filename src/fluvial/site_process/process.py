@@ -20,6 +20,7 @@ from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.federation.talk import conversed, only_answer
+from fluvial.federation.transfers import Transfers
 from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
@@ -71,6 +72,7 @@ class SiteProcess:
     def __init__(self, site: SiteFile, *, limits: Limits | None = None) -> None:
         self.site = site
         self.limits = limits or Limits()
+        self.transfers = Transfers()
         self._outgoing = OutgoingLog(site.folder)
         self._pools: dict[str, ModelPool] = {}
         self._texts: dict[str, SiteTexts] = {}
@@ -109,6 +111,7 @@ class SiteProcess:
         pool = self._pool(config)
         site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
         site.memory_mb = self.site.memory_mb
+        site.transfers = self.transfers
         site.accept_assignment(message)
         task = partial(tasks[header.task], site)
         name = site.of_method(f"task {header.task!r}")

@@ -67,8 +67,8 @@ def measured(site: Site, config: FedPipeConfig) -> Profile:
     return Profile(
         memory_bytes=memory,
         speeds={format_of(site.assignment): passes.speeds},
-        up_bytes_s=_rate(budget.up_mbit_s),
-        down_bytes_s=_rate(budget.down_mbit_s),
+        up_bytes_s=_rate(budget.up_mbit_s, site.transfers.up_bytes_s),
+        down_bytes_s=_rate(budget.down_mbit_s, site.transfers.down_bytes_s),
         latency_s=(budget.rtt_ms or 0.0) / 1000,
         samples=full_load(site.train, len(examples)),
         tokens=_tokens(examples, full_load(site.train, len(examples))),
@@ -110,9 +110,12 @@ def memory_limit() -> int:
     return min(limits)
 
 
-def _rate(mbit: float | None) -> float:
-    """Return bytes a second; a link of which nothing is known costs no time."""
-    return MOST_RATE if mbit is None else mbit * MEGA / 8
+def _rate(mbit: float | None, measured: float | None) -> float:
+    """Return bytes a second: those of the budget, else those that the site's messages showed; a
+    link of which nothing is known costs no time."""
+    if mbit is not None:
+        return mbit * MEGA / 8
+    return MOST_RATE if measured is None else min(max(_rounded(measured), LEAST_RATE), MOST_RATE)
 
 
 def full_load(train: TrainConfig, examples: int) -> int:

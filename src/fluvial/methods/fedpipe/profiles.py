@@ -8,7 +8,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.line import Line
 from fluvial.federation.replies import fields
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.planner.profile import KEY, Profile
+from fluvial.methods.fedpipe.planner.profile import KEY, MOST_RATE, Profile
 from fluvial.methods.fedpipe.planner.settings import SiteBudget
 from fluvial.wire.payload import Payload
 
@@ -62,7 +62,8 @@ def ask_profiles(
 def over_line(
     profiles: Mapping[str, Profile], config: FedPipeConfig, line: Line | None
 ) -> dict[str, Profile]:
-    """Return profiles with the rates of `fleet.line` where a site's budget has none."""
+    """Return profiles with the rates of `fleet.line` where a site's budget has none, and none was
+    measured."""
     if line is None:
         return dict(profiles)
     return {
@@ -71,9 +72,9 @@ def over_line(
 
 
 def _over_line(profile: Profile, budget: SiteBudget, line: Line) -> Profile:
-    if budget.up_mbit_s is None:
+    if budget.up_mbit_s is None and profile.up_bytes_s >= MOST_RATE:
         profile = replace(profile, up_bytes_s=line.up_mbit_s * MBIT)
-    if budget.down_mbit_s is None:
+    if budget.down_mbit_s is None and profile.down_bytes_s >= MOST_RATE:
         profile = replace(profile, down_bytes_s=line.down_mbit_s * MBIT)
     if budget.rtt_ms is None:
         profile = replace(profile, latency_s=line.rtt_ms / 1000)

@@ -10,13 +10,18 @@ import pytest
 import torch
 
 from fluvial.data import Example
+from fluvial.federation.line import Line
+from fluvial.federation.transfers import Transfers
 from fluvial.methods.fedpipe import measure, step_times
+from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.profiles import over_line
 from fluvial.methods.fedpipe.step_times import StepTimer, spread_rows
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
+from fluvial.runs.config import parse
 from fluvial.site_process.process import JOIN, SiteProcess
 from fluvial.training import train
 from fluvial.training.config import TrainConfig
@@ -41,6 +46,40 @@ def test_the_lower_limit_of_site_and_run_holds(run_config: dict[str, Any], tmp_p
     assert profiled(table(7.0), tmp_path / "a", memory_mb=5.0).memory_bytes == 5_000_000
     assert profiled(table(3.0), tmp_path / "b", memory_mb=5.0).memory_bytes == 3_000_000
     assert profiled(table(3.0), tmp_path / "c").memory_bytes == 3_000_000
+
+
+def test_a_link_is_that_of_the_budget_then_of_long_transfers_then_of_the_line(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """A transfer that is short beside what it is timed with measures nothing."""
+    speed = {"site": SITE, "tokens_s": 100.0}
+    line = Line(up_mbit_s=1.0, down_mbit_s=2.0, rtt_ms=0.0)
+
+    def rates(budget: dict[str, Any]) -> tuple[float, float]:
+        method = {"name": "fedpipe", "planner": {"batches": [1]}, "budgets": [speed | budget]}
+        config = parse(run_config | {"method": method}, "test").method
+        assert isinstance(config, FedPipeConfig)
+        site = SiteProcess(site_file(tmp_path / f"{len(budget)}"))
+        site.transfers = transfers
+        joined = Payload(values={"config": run_config | {"method": method}})
+        site.answer(header(task=JOIN, round=0), joined.to_bytes())
+        answer = site.answer(header(task="profile", round=0, seq=2), Payload().to_bytes())
+        profile = Profile.from_values(Payload.from_bytes(answer.data).values)
+        profile = over_line({SITE: profile}, config, line)[SITE]
+        return profile.up_bytes_s, profile.down_bytes_s
+
+    transfers = Transfers()
+    transfers.received(10**6, 1.9)
+    transfers.sent(10**6, 5.9)
+    assert transfers == Transfers()
+    assert rates({}) == (125_000, 250_000)
+
+    transfers.received(10**6, 4.0)
+    transfers.sent(10**6, 10.0)
+    assert rates({}) == (100_000, 250_000)
+    assert rates({"up_mbit_s": 0.08}) == (10_000, 250_000)
+    transfers.received(3 * 10**6, 4.0)
+    assert rates({}) == (100_000, 750_000)
 
 
 def test_a_site_without_a_budget_measures_everything(

@@ -113,9 +113,11 @@ class SiteBudget(Settings):
     """Memory, in 10^6 bytes; unset, what is free on the GPU, or, without one, all that the machine
     allows the process."""
     up_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
-    """Rate from the site to the server, in 10^6 bits a second; unset, that of `fleet.line`."""
+    """Rate from the site to the server, in 10^6 bits a second; unset, that of its long messages,
+    else that of `fleet.line`."""
     down_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
-    """Rate from the server to the site, in 10^6 bits a second; unset, that of `fleet.line`."""
+    """Rate from the server to the site, in 10^6 bits a second; unset, that of its long messages,
+    else that of `fleet.line`."""
     rtt_ms: float | None = Field(None, ge=0, le=1e6)
     """Round-trip time, in milliseconds; unset, that of `fleet.line`."""
     speed: float = Field(1.0, ge=1e-4, le=1e3)
