@@ -7,6 +7,7 @@ from table_parts import cell, claim_table, claims, read, table
 LOSSES = "fedpipe_losses.json"
 VALUE = "fedpipe_value.json"
 PREDICTIONS = "fedpipe_predictions.json"
+ENFORCED = "fedpipe_enforced.json"
 
 
 def pipe_losses() -> str:
@@ -92,6 +93,7 @@ def pipe_value() -> str:
         "draw": "random adapters",
         "draws": "number",
         "invariant": "V, invariant score",
+        "invariant_by_seed": "by seed",
         "sensitivity": "V, sensitivity",
         "spectral": "V, spectral",
         "size": "parameters alone",
@@ -101,6 +103,8 @@ def pipe_value() -> str:
 
 
 def _signed(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_signed, value))
     return f"{value:.2f}" if isinstance(value, float) else cell(value)
 
 
@@ -121,3 +125,38 @@ def pipe_predictions() -> str:
         for row in read(PREDICTIONS)["rows"]
     ]
     return "\n\n".join((table([list(columns.values()), *rows]), claims(PREDICTIONS)))
+
+
+def pipe_enforced() -> str:
+    """Return how sites ended in processes that cannot exceed their memory."""
+    rows = [
+        [
+            "site",
+            "limit, MB",
+            "ranks of the plan",
+            "batch",
+            "checkpointing",
+            "predicted, MB",
+            "grown by, MB",
+            "by its plan",
+            "grown by, MB, uniform LoRA",
+            "under uniform LoRA",
+        ]
+    ]
+    for row in read(ENFORCED)["rows"]:
+        least, most = row["ranks"]
+        rows.append(
+            [
+                row["site"],
+                "none" if row["limit_mb"] is None else f"{row['limit_mb']:g}",
+                f"{least} to {most}",
+                str(row["batch"]),
+                "yes" if row["checkpointing"] else "no",
+                f"{row['predicted_mb']:.0f}",
+                f"{row['peak_mb']:.0f}",
+                row["outcome"],
+                f"{row['uniform_peak_mb']:.0f}",
+                row["uniform_outcome"],
+            ]
+        )
+    return "\n\n".join((table(rows), claims(ENFORCED)))

@@ -20,6 +20,7 @@ from block_tables import block_compute, block_downloads, block_losses, block_mem
 from codec_tables import budget, distortion, driven, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
+    pipe_enforced,
     pipe_errors,
     pipe_losses,
     pipe_predictions,
@@ -273,6 +274,7 @@ TABLES = {
         "errors": pipe_errors,
         "value": pipe_value,
         "predictions": pipe_predictions,
+        "enforced": pipe_enforced,
     },
     "docs/codecs.md": {
         "distortion": distortion,

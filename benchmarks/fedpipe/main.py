@@ -1,8 +1,8 @@
-"""FedPipe beside other LoRA methods on unequal sites, its planner's value and its predictions.
+"""FedPipe beside other LoRA methods on unequal sites, its planner's value, predictions and limits.
 
-    python -m benchmarks.fedpipe [--part losses|value|predictions] [--tasks NAME ...] [--seeds N]
-                                 [--cache FILE.jsonl] [--known REPORT.json] [--minutes N]
-                                 [--quick] [--out FILE.json]
+    python -m benchmarks.fedpipe [--part losses|value|predictions|enforced] [--tasks NAME ...]
+                                 [--seeds N] [--cache FILE.jsonl] [--known REPORT.json]
+                                 [--minutes N] [--quick] [--out FILE.json]
 
 Tasks other than the embedded one name files below the working directory. Runs are written to the
 file of `--cache` and taken from there, so that a benchmark that was stopped goes on. Runs of an
@@ -16,12 +16,12 @@ import os
 from pathlib import Path
 
 from benchmarks.codecs.cache import Cache
-from benchmarks.fedpipe import losses, predictions, value
+from benchmarks.fedpipe import enforced, losses, predictions, value
 from benchmarks.fedpipe.bed import TASKS, Bed
 from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM
 from benchmarks.report import Report
 
-PARTS = ("losses", "value", "predictions")
+PARTS = ("losses", "value", "predictions", "enforced")
 QUICK = [UNIFORM, FEDPIPE]
 """Contenders of the quick form."""
 
@@ -68,9 +68,12 @@ def main() -> None:
 
     if options.part in (None, "value"):
         draws = 4 if options.quick else 20
-        value.measure(report, tasks=options.tasks, draws=draws, quick=options.quick)
+        value.measure(report, tasks=options.tasks, draws=draws, seeds=seeds, quick=options.quick)
 
     if options.part in (None, "predictions"):
         predictions.measure(report, quick=options.quick)
+
+    if options.part in (None, "enforced"):
+        enforced.measure(report, quick=options.quick)
 
     report.finish(options.out, load)

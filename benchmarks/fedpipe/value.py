@@ -3,12 +3,14 @@
 A site probes the weights as in a run. Then it trains from the start with random ranks, many times,
 and the rank correlation (Spearman) of V with the decrease of its held-out loss is taken: over
 adapters of all sizes, and over adapters that all have the same number of weights and one rank, in
-which only the choice of the weights differs. The number of parameters is correlated beside it.
+which only the choice of the weights differs. The number of parameters is correlated beside it. A
+row is the mean over seeds, which draw the sites, the text and the adapters anew; `runs` has each.
 """
 
 from collections.abc import Sequence
 from functools import partial
 from random import Random
+from statistics import mean
 
 from scipy.stats import spearmanr
 
@@ -41,20 +43,22 @@ CHOSEN = 8
 STEPS = 16
 """Optimizer steps of a training."""
 BAR = 0.5
+KINDS = ("all sizes", "one size")
+"""Kinds of random adapters."""
 SCORES: tuple[Score, ...] = ("invariant", "sensitivity", "spectral")
 """Scores of importance."""
 
 
-def measure(report: Report, *, tasks: Sequence[str], draws: int, quick: bool) -> None:
-    """Add rows and claims to `report`, of so many random adapters of each kind."""
-    rows: list[Row] = []
-    for task in tasks:
-        bench = _Bench(task, quick=quick)
-        scored = {score: bench.candidates(score) for score in SCORES}
-        rows += [_row(bench, task, kind, scored, draws) for kind in ("all sizes", "one size")]
+def measure(report: Report, *, tasks: Sequence[str], draws: int, seeds: int, quick: bool) -> None:
+    """Add rows and claims to `report`, of so many random adapters of each kind and seed."""
+    rows = [
+        _mean(task, kind, runs)
+        for task in tasks
+        for kind, runs in _runs(task, draws=draws, seeds=seeds, quick=quick).items()
+    ]
 
     report.rows += rows
-    columns = {"task": "task", "draw": "adapters", "draws": "number", "size": "parameters"}
+    columns = {"task": "task", "draw": "adapters", "seeds": "seeds", "size": "parameters"}
     show("Rank correlation with the decrease", columns | {s: f"V, {s}" for s in SCORES}, rows)
     report.claims += [
         Claim(
@@ -67,14 +71,41 @@ def measure(report: Report, *, tasks: Sequence[str], draws: int, quick: bool) ->
     ]
 
 
+def _runs(task: str, *, draws: int, seeds: int, quick: bool) -> dict[str, list[Row]]:
+    """Return the correlations of each seed by kind of adapters."""
+    runs: dict[str, list[Row]] = {kind: [] for kind in KINDS}
+    for seed in range(seeds):
+        bench = _Bench(task, seed=seed, quick=quick)
+        scored = {score: bench.candidates(score) for score in SCORES}
+        for kind in KINDS:
+            runs[kind].append(_run(bench, kind, scored, draws))
+    return runs
+
+
+def _mean(task: str, kind: str, runs: Sequence[Row]) -> Row:
+    """Return the row of one kind of adapters."""
+    figures = {key: mean(run[key] for run in runs) for key in ("size", *SCORES)}
+    first = runs[0]
+    return {
+        "part": "value",
+        "task": task,
+        "draw": kind,
+        "draws": len(first["losses"]),
+        "seeds": len(runs),
+        **figures,
+        "invariant_by_seed": [run["invariant"] for run in runs],
+        "runs": list(runs),
+    }
+
+
 class _Bench:
     """One site of a task, which probes and trains."""
 
-    def __init__(self, task: str, *, quick: bool) -> None:
+    def __init__(self, task: str, *, seed: int, quick: bool) -> None:
         table = configured(
             read_task(task, quick=quick),
             CONTENDERS[FEDPIPE],
-            seed=0,
+            seed=seed,
             learning_rate=RATES[1],
             deadline_s=None,
         )
@@ -122,11 +153,9 @@ def _drawn(kind: str, modules: Sequence[str], random: Random) -> dict[str, int]:
     return {name: random.choice(RANKS) for name in random.sample(list(modules), count)}
 
 
-def _row(
-    bench: _Bench, task: str, kind: str, scored: dict[Score, list[Candidate]], draws: int
-) -> Row:
-    """Return the correlations of one kind of adapters."""
-    random = Random(0)
+def _run(bench: _Bench, kind: str, scored: dict[Score, list[Candidate]], draws: int) -> Row:
+    """Return the correlations of one kind of adapters with one seed."""
+    random = Random(bench.config.seed)
     adapters = [_drawn(kind, bench.modules, random) for _ in range(draws)]
     losses = [bench.loss(ranks) for ranks in adapters]
     widths = {each.module: each.width for each in scored["invariant"]}
@@ -139,10 +168,7 @@ def _row(
         for score, candidates in scored.items()
     }
     return {
-        "part": "value",
-        "task": task,
-        "draw": kind,
-        "draws": draws,
+        "seed": bench.config.seed,
         "size": _correlation(sizes, losses),
         **{score: _correlation(value, losses) for score, value in values.items()},
         "losses": losses,

@@ -254,6 +254,7 @@ def test_value(tmp_path: Path) -> None:
     content = quick_report("fedpipe", tmp_path / "value.json", "--part", "value")
     assert [row["draw"] for row in content["rows"]] == ["all sizes", "one size"]
     assert all(-1 <= row["invariant"] <= 1 for row in content["rows"])
+    assert all(row["invariant_by_seed"] == [row["invariant"]] for row in content["rows"])
 
 
 @pytest.mark.slow
@@ -265,3 +266,19 @@ def test_predictions(tmp_path: Path) -> None:
     (row,) = quick_report("fedpipe", tmp_path / "predictions.json", "--part", "predictions")["rows"]
     assert 0.5 < row["memory_mb"] / row["peak_mb"] < 2
     assert 0.3 < row["predicted_s"] / row["measured_s"] < 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="limits and peaks are those of Linux"
+)
+def test_enforced(tmp_path: Path) -> None:
+    """A site with little memory trains by its plan, and has no memory for uniform LoRA, which the
+    site without a limit has."""
+    content = quick_report("fedpipe", tmp_path / "enforced.json", "--part", "enforced")
+    unlimited, limited = content["rows"]
+    assert unlimited["outcome"] == unlimited["uniform_outcome"] == "trained"
+    assert limited["outcome"] == "trained"
+    assert limited["uniform_outcome"] == "no memory"
+    assert limited["uniform_why"].startswith("train: ")
+    assert limited["peak_mb"] < unlimited["uniform_peak_mb"]
