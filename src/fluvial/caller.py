@@ -48,3 +48,8 @@ def resume() -> str:
 def another_folder() -> str:
     """Return the remedy for a folder that cannot be used."""
     return f"start again in another folder with {argument('out')}"
+
+
+def another_base() -> str:
+    """Return the remedy for a base that is not where a run found it."""
+    return "name its folder with " + setting('model.name_or_path="FOLDER"')

@@ -35,9 +35,6 @@ Attention = Literal[
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 """Form of the id of a model on the hub."""
 
-FOLDER = 'model.name_or_path="FOLDER"'
-"""Line that names a base's folder."""
-
 
 class ModelConfig(Settings):
     """The base model, its float type and its device."""
@@ -140,8 +137,7 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     source = source_of(wanted)
     if source.startswith((".", "/", "~")) and not Path(source).is_dir():
         raise ConfigError(
-            f"model.name_or_path: there is no folder {source!r}; name it with "
-            f"{caller.setting(FOLDER)}"
+            f"model.name_or_path: there is no folder {source!r}; {caller.another_base()}"
         )
     if not Path(source).is_dir():
         return _from_network(load, wanted, **options)
@@ -154,7 +150,7 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
         reader = getattr(getattr(load, "__self__", None), "__name__", "transformers")
         raise ConfigError(
             f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {reader} says: "
-            f"{first_line(error)}; copy the folder's files again from where the model came from"
+            f"{first_line(error)}; copy its files again"
         ) from error
 
 

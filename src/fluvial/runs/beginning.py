@@ -8,7 +8,7 @@ from fluvial.errors import CheckpointError
 from fluvial.runs.budget.settled import BUDGET, Open, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
-from fluvial.storage.run_files import CONFIG, DESCRIPTION, anew
+from fluvial.storage.run_files import CONFIG, DESCRIPTION, WRITTEN, anew
 
 
 def begun(
@@ -37,6 +37,12 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
         if resume:
             raise CheckpointError(
                 f"{folder.path} holds no run to resume; start it without {caller.resume()}"
+            )
+        others = [name for name in WRITTEN if (folder.path / name).exists()]
+        if others:
+            raise CheckpointError(
+                f"{folder.path} holds no run, but {', '.join(others)}, which a run would replace; "
+                f"move it, or {caller.another_folder()}"
             )
         return
 

@@ -87,7 +87,8 @@ class RunFolder:
             self._lock = (self.path / ".lock").open("a")
             (self.path / ".lock").chmod(0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sweep(self.path)
+            if self._is_ours():
+                sweep(self.path)
         except BlockingIOError:
             if self._lock:
                 self._lock.close()
@@ -111,6 +112,13 @@ class RunFolder:
 
         if self._lock:
             self._lock.close()
+
+    def _is_ours(self) -> bool:
+        """Return whether a run wrote the configuration here: drafts of others are theirs."""
+        try:
+            return "fluvial" in (read_file(self.path / CONFIG) or {})
+        except CheckpointError:
+            return False
 
     @property
     def started(self) -> bool:

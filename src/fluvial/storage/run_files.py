@@ -35,6 +35,8 @@ COMPARE = "compare"
 """Folder of the baselines, each a folder of a run under its name."""
 EXPORTS = ("adapter", "model")
 """Folders of the final weights, as PEFT or transformers writes them."""
+WRITTEN = (METRICS, REFUSED, PAGE, DIGESTS, SITES, ENSEMBLE, COMPARE, *EXPORTS)
+"""Names that a run replaces in its folder, once its configuration is written."""
 DESCRIPTION = "run"
 """Key of the configuration's file that holds the description of the run."""
 DESCRIBED = ("label", "pooled", "baseline", "sends_updates")

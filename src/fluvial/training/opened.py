@@ -8,7 +8,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.digests import weights_digest
 from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import FOLDER, ModelConfig
+from fluvial.models.pretrained import ModelConfig
 from fluvial.storage import exported
 from fluvial.training.folders import AdapterFolder
 from fluvial.wire.tensors import Layout, Named
@@ -50,8 +50,7 @@ def check_base(adapter: AdapterFolder, model: ModelConfig) -> None:
     found = f"model.name_or_path={model.name_or_path!r}: its files are not those of the base that "
     if model.name_or_path == adapter.base:
         raise ConfigError(
-            f"{found}{adapter.path} was trained on; restore them, or name a folder that has them "
-            f"with {caller.setting(FOLDER)}"
+            f"{found}{adapter.path} was trained on; restore them, or {caller.another_base()}"
         )
     logger.warning("%s%s was trained on", found, adapter.path)
 

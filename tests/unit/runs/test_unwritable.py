@@ -16,7 +16,9 @@ from fluvial.cli import app
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.models.pretrained import ModelConfig
 from fluvial.report.page import write_html
+from fluvial.runs.config import parse
 from fluvial.runs.export import export_run
+from fluvial.runs.run import execute
 from fluvial.storage.files import write_whole
 from fluvial.training.folders import kind_of, read_adapter_folder
 from fluvial.training.opened import check_base
@@ -164,3 +166,17 @@ def test_an_unfinished_run_has_no_weights_yet(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"fluvial": "test"}))
     with pytest.raises(ConfigError, match="has not finished; continue it"):
         kind_of(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["adapter/mine.txt", "report.html"])
+def test_a_run_replaces_nothing_of_others(
+    name: str, run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Neither what has a run's names, nor drafts of other programs in a folder that is no run's."""
+    mine, draft = tmp_path / name, tmp_path / "below" / ".film.partial"
+    for path in (mine, draft):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("kept")
+    with pytest.raises(CheckpointError, match=r"holds no run, but .*, which a run would replace"):
+        next(execute(parse(run_config, "test"), tmp_path))
+    assert mine.read_text() == draft.read_text() == "kept"
