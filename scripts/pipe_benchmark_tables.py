@@ -4,7 +4,8 @@ from typing import Any
 
 from table_parts import cell, claim_table, claims, read, table
 
-LOSSES = "fedpipe_losses.json"
+LOSSES = ("fedpipe_losses.json", "fedpipe_losses_more.json")
+"""Reports of the part "losses", each of other tasks."""
 VALUE = "fedpipe_value.json"
 PREDICTIONS = "fedpipe_predictions.json"
 ENFORCED = "fedpipe_enforced.json"
@@ -29,16 +30,16 @@ def pipe_losses() -> str:
         "speed_without_setup": "the same without set-up",
         "reached": "runs that reach it",
     }
-    given = read(LOSSES)
+    reports = [read(name) for name in LOSSES]
+    measured = [row for report in reports for row in report["rows"]]
     found = []
-    for task in dict.fromkeys(row["task"] for row in given["rows"]):
-        rows = [
-            [_figure(key, row) for key in columns] for row in given["rows"] if row["task"] == task
-        ]
+    for task in dict.fromkeys(row["task"] for row in measured):
+        rows = [[_figure(key, row) for key in columns] for row in measured if row["task"] == task]
         found += [f"`{task}`", table([list(columns.values()), *rows])]
 
-    compared = [claim for claim in given["claims"] if _between_methods(claim)]
-    skipped = "\n".join(f"- not measured: {line}" for line in given["skipped"])
+    compared = [one for report in reports for one in report["claims"] if _between_methods(one)]
+    lines = [line for report in reports for line in report["skipped"]]
+    skipped = "\n".join(f"- not measured: {line}" for line in lines)
     return "\n\n".join(each for each in (*found, skipped, claim_table(compared)) if each)
 
 
@@ -62,7 +63,8 @@ def _figure(column: str, row: dict[str, Any]) -> str:
 
 def pipe_errors() -> str:
     """Return the relative error of each aggregation to the exact mean, by round."""
-    rows = [row for row in read(LOSSES)["rows"] if row["errors"] and not _planned(row)]
+    measured = [row for name in LOSSES for row in read(name)["rows"]]
+    rows = [row for row in measured if row["errors"] and not _planned(row)]
     rounds = max(len(row["errors"]) for row in rows)
     heading = ["task", "contender", *(f"round {n}" for n in range(1, rounds + 1)), "loss after"]
     return table(
