@@ -35,7 +35,7 @@ COMPARE = "compare"
 """Folder of the baselines, each a folder of a run under its name."""
 EXPORTS = ("adapter", "model")
 """Folders of the final weights, as PEFT or transformers writes them."""
-WRITTEN = (METRICS, REFUSED, PAGE, DIGESTS, SITES, ENSEMBLE, COMPARE, *EXPORTS)
+WRITTEN = (METRICS, REFUSED, SETUP, PAGE, DIGESTS, SITES, ENSEMBLE, COMPARE, *EXPORTS)
 """Names that a run replaces in its folder, once its configuration is written."""
 DESCRIPTION = "run"
 """Key of the configuration's file that holds the description of the run."""

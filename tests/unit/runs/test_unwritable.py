@@ -168,7 +168,7 @@ def test_an_unfinished_run_has_no_weights_yet(tmp_path: Path) -> None:
         kind_of(str(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["adapter/mine.txt", "report.html"])
+@pytest.mark.parametrize("name", ["adapter/mine.txt", "report.html", "setup.json"])
 def test_a_run_replaces_nothing_of_others(
     name: str, run_config: dict[str, Any], tmp_path: Path
 ) -> None:
