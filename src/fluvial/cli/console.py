@@ -12,6 +12,7 @@ import typer
 from rich.console import Console, RenderableType
 from typer.core import TyperArgument
 
+from fluvial.formatting import safe_text
 from fluvial.storage.run_files import JsonObject
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def print_json(content: JsonObject) -> None:
 
 def print_line(text: str) -> None:
     """Print one line without markup and without a break at the width of the terminal."""
-    out.print(text, markup=False, soft_wrap=True)
+    out.print(safe_text(text), markup=False, soft_wrap=True)
 
 
 def program_name() -> list[str]:

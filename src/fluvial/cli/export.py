@@ -1,5 +1,6 @@
 """`fluvial export`: a finished run as an adapter or a model to publish and to serve."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -89,7 +90,7 @@ def _lines(made: "Exported") -> list[str]:
         return [
             *lines,
             f"transformers  pipeline('text-generation', model={path!r})",
-            f"vLLM          vllm serve {path}",
+            f"vLLM          {shlex.join(['vllm', 'serve', path])}",
         ]
 
     from fluvial.models.pretrained import EMBEDDED
@@ -106,6 +107,6 @@ def _lines(made: "Exported") -> list[str]:
     if made.max_lora_rank is not None:
         lines.append(
             f"vLLM  vllm serve {made.base} --enable-lora --max-lora-rank {made.max_lora_rank} "
-            f"--lora-modules tuned={path}"
+            f"--lora-modules {shlex.quote(f'tuned={path}')}"
         )
     return lines

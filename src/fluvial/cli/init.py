@@ -291,6 +291,5 @@ def _report(file: Path, proposal: "Proposal") -> None:
     program = shlex.join(program_name())
     run = Path("runs") / file.stem
     print_line(f"\nwrote {file}, and checked it. Next:")
-    print_line(f"  {program} preview {file}")
-    print_line(f"  {program} run {file}")
-    print_line(f"  {program} show {run} --html {run}/report.html")
+    for words in (["preview", file], ["run", file], ["show", run, "--html", run / "report.html"]):
+        print_line(f"  {program} {shlex.join(map(str, words))}")

@@ -1,5 +1,6 @@
 """`fluvial recipes`: list the configurations that come with the package, print or write one."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +38,8 @@ def recipes(
     if write.exists() and not force:
         raise ConfigError(f"--write: {str(write)!r} exists; name another file, or add --force")
     write_whole(write, text.encode(), "choose another --write")
-    print_line(f"wrote {write}: change what is yours, then  fluvial check {write}")
+    check = shlex.join(["fluvial", "check", str(write)])
+    print_line(f"wrote {write}: change what is yours, then  {check}")
 
 
 def _list() -> None:

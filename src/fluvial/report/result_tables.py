@@ -1,5 +1,6 @@
 """Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -234,7 +235,8 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
     if (path / PAGE).is_file():
         page = Text.assemble("\nPage     ", (str(path / PAGE), "bold"))
     else:
-        page = Text.assemble("\nDraw it  ", (f"{command} show {path} --html report.html", "cyan"))
+        words = safe_text(f"{command} show {shlex.quote(str(path))} --html report.html")
+        page = Text.assemble("\nDraw it  ", (words, "cyan"))
     return Group(*lines, page)
 
 

@@ -132,8 +132,11 @@ def weights_in(name: str) -> str:
 
 def _hint(folder: Path) -> str:
     """Return where the weights of a run's folder lie, or would lie."""
-    if "fluvial" in (read_object(folder / CONFIG) or {}) and not (folder / RESULT).exists():
-        return "the run in it has not finished; continue it with `fluvial run ... --resume`"
+    if "fluvial" in (read_object(folder / CONFIG) or {}):
+        if not (folder / RESULT).exists():
+            return "the run in it has not finished; continue it with `fluvial run ... --resume`"
+        if not any((folder / name).is_dir() for name in EXPORTS):
+            return "the method of the run in it leaves each site its own weights, and none for all"
     made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
     return f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
 

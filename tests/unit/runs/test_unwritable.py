@@ -166,6 +166,18 @@ def test_an_unfinished_run_has_no_weights_yet(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"fluvial": "test"}))
     with pytest.raises(ConfigError, match="has not finished; continue it"):
         kind_of(str(tmp_path))
+    (tmp_path / "result.json").write_text("{}")
+    with pytest.raises(ConfigError, match="leaves each site its own weights"):
+        kind_of(str(tmp_path))
+
+
+def test_printed_commands_can_be_copied(finished: Path, tmp_path: Path) -> None:
+    to = tmp_path / "my model"
+    words = ["export", str(finished), "--form", "merged", "--to", str(to)]
+    assert f"vllm serve '{to}'" in RUNNER.invoke(app, words, catch_exceptions=False).output
+    file = tmp_path / "my file.toml"
+    written = RUNNER.invoke(app, ["recipes", "clinic", "--write", str(file)])
+    assert f"fluvial check '{file}'" in written.output
 
 
 @pytest.mark.parametrize("name", ["adapter/mine.txt", "report.html", "setup.json"])
