@@ -105,7 +105,7 @@ class Plain:
 
 @dataclass(frozen=True)
 class Use:
-    """What a run makes of a codec."""
+    """Use of a codec in a run."""
 
     rounds: int
     """Rounds in which it codes the update of a site."""

@@ -140,7 +140,7 @@ class Uplink:
 
     @property
     def _use(self) -> Use:
-        """Return what the run makes of a codec, with a byte's price by its time on the line."""
+        """Return the use of a codec in the run, with a byte's price by its time on the line."""
         line = self.context.line
         byte_down = 1.0 if line is None else line.up_mbit_s / line.down_mbit_s
         return Use(self.context.rounds, byte_down)

@@ -278,10 +278,7 @@ class RunConfig(Settings):
 
     def baseline(self, name: Baseline) -> "RunConfig":
         """Return the same run with another method, uncompressed, without further baselines and
-        without the settings that the other method has no use for.
-
-        The uncompressed run moves the server's adapter as this one does.
-        """
+        without settings that the other has no use for; "fedavg" moves the adapter as this run."""
         left_out = {"codec", "downlink", "compare", "budget", "page", "profile"}
         table = self.model_dump(exclude=left_out, exclude_unset=True)
         entry = METHODS[name]
