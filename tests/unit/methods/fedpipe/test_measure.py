@@ -55,7 +55,7 @@ def test_a_link_is_that_of_the_budget_then_of_long_transfers_then_of_the_line(
     speed = {"site": SITE, "tokens_s": 100.0}
     line = Line(up_mbit_s=1.0, down_mbit_s=2.0, rtt_ms=0.0)
 
-    def rates(budget: dict[str, Any]) -> tuple[float, float]:
+    def rates(transfers: Transfers, **budget: float) -> tuple[float, float]:
         method = {"name": "fedpipe", "planner": {"batches": [1]}, "budgets": [speed | budget]}
         config = parse(run_config | {"method": method}, "test").method
         assert isinstance(config, FedPipeConfig)
@@ -68,18 +68,21 @@ def test_a_link_is_that_of_the_budget_then_of_long_transfers_then_of_the_line(
         profile = over_line({SITE: profile}, config, line)[SITE]
         return profile.up_bytes_s, profile.down_bytes_s
 
-    transfers = Transfers()
-    transfers.received(10**6, 1.9)
-    transfers.sent(10**6, 5.9)
-    assert transfers == Transfers()
-    assert rates({}) == (125_000, 250_000)
+    def timed(down_s: float, up_s: float, size: int = 10**6) -> Transfers:
+        seen = Transfers()
+        for stall_s in (0.0, 5.0):  # one of both messages is held up
+            seen.received(size, down_s + stall_s)
+            seen.sent(size, up_s + stall_s)
+        return seen
 
-    transfers.received(10**6, 4.0)
-    transfers.sent(10**6, 10.0)
-    assert rates({}) == (100_000, 250_000)
-    assert rates({"up_mbit_s": 0.08}) == (10_000, 250_000)
-    transfers.received(3 * 10**6, 4.0)
-    assert rates({}) == (100_000, 750_000)
+    for transfers in (Transfers(), timed(1.9, 5.9), timed(4.0, 10.0, size=10**4)):
+        assert rates(transfers) == (125_000, 250_000)
+
+    transfers = timed(4.0, 10.0, size=2 * 10**6)
+    assert rates(transfers) == (200_000, 500_000)
+    assert rates(transfers, up_mbit_s=0.08) == (10_000, 500_000)
+    transfers.received(10**6, 0.1)
+    assert rates(transfers) == (200_000, 250_000)
 
 
 def test_a_site_without_a_budget_measures_everything(
