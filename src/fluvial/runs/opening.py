@@ -14,6 +14,7 @@ from fluvial.methods.interface import Given, Plan
 from fluvial.methods.measuring import Texts
 from fluvial.models.base_weights import check_constant
 from fluvial.models.behaviour import check_positions
+from fluvial.models.encoding import Encoder
 from fluvial.models.outline import Outline
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import check_length, context_length, dtype_of
@@ -111,10 +112,26 @@ def check_settings(config: RunConfig, layout: Layout, base: nn.Module, texts: Te
     if config.data.packing:
         check_positions(base, config.model.name_or_path)
     check_length(context_length(base), config.data.max_length)
+    if isinstance(texts, SiteTexts):
+        _check_sample(config, texts, context_length(base))
     if planned.reads_public:
         texts.public()
 
     return planned
+
+
+def _check_sample(config: RunConfig, texts: SiteTexts, context: int | None) -> None:
+    """Raise `ConfigError` where the sample's prompt leaves the model no room for an answer."""
+    prompt = config.evaluate.sample_prompt
+    if prompt is None or context is None:
+        return
+
+    length = len(Encoder.of(texts.tokenizer).prompt(prompt))
+    if length >= context:
+        raise ConfigError(
+            f"evaluate.sample_prompt: has {length} tokens and fills the model's context of "
+            f"{context}; shorten it"
+        )
 
 
 def settled(config: RunConfig, layout: Layout, base: nn.Module, sites: int) -> RunConfig:

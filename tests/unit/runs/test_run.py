@@ -629,3 +629,12 @@ def test_the_papers_autoencoder_takes_narrow_keys_on_grouped_canvases(
         "codec": {"name": "resnet", "canvas": "grouped", "iterations": 2, "batch_size": 2},
     }
     assert run_table(table, tmp_path / "run")["setup"]["gate"]["failed"]
+
+
+def test_a_sample_s_prompt_leaves_room_for_its_answer(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Else both samples would be empty, without a word."""
+    table = run_config | {"evaluate": {"sample_prompt": "snow " * 200}}
+    with pytest.raises(ConfigError, match=r"evaluate.sample_prompt: has .* fills the model's"):
+        next(execute(parse(table, "test"), tmp_path / "run"))
