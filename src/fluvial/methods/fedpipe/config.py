@@ -31,7 +31,8 @@ class FedPipeConfig(SampledSettings):
     """Score of a weight: |<B, dL/dB>|, which does not depend on how the factors are balanced;
     AdaLoRA's sensitivity; or the energy of the probe's change."""
     probe_rank: int = Field(8, ge=1, le=256)
-    """Rank of the probe adapter on every candidate weight."""
+    """Rank of the probe adapter on every candidate weight; a site whose memory has no room for one
+    sequence beside it halves it, down to the smallest of `planner.ranks`."""
     probe_steps: int = Field(20, ge=2, le=10**6)
     """Optimizer steps of the probe at each site (K_w)."""
     score_decay: float = Field(0.5, ge=0, lt=1)

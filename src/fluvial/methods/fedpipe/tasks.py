@@ -20,8 +20,9 @@ from fluvial.formatting import human_bytes
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.deciding import Deciding
 from fluvial.methods.fedpipe.importance import Meter, spectrum
-from fluvial.methods.fedpipe.measure import full_load, held, measured, tokens_within
+from fluvial.methods.fedpipe.measure import full_load, held, measured
 from fluvial.methods.fedpipe.planner.profile import Profile
+from fluvial.methods.fedpipe.probe_pass import probe_pass
 from fluvial.methods.fedpipe.site_configuration import (
     MOST_VERSIONS,
     VERSION,
@@ -110,7 +111,8 @@ def probe(site: Site, message: Payload) -> Payload:
     """Tune a probe adapter on every candidate weight, and send the score and the spectrum of each.
 
     The adapter itself is dropped. A batch that the site's memory has no room for is a smaller one,
-    one whose layers are recomputed, or one of shorter sequences, by what its profile measured.
+    one whose layers are recomputed, one of a smaller rank, or one of shorter sequences, by what its
+    profile measured.
     Raises `WireError` where none fits, and `RefusalError` where none of those that fit has a label.
     """
     config: FedPipeConfig = site.method
@@ -119,20 +121,20 @@ def probe(site: Site, message: Payload) -> Payload:
     if not known.peaks:
         raise WireError("probe: the memory of this site has no room for a pass")
 
-    run = _held(site)
-    rank = {name: min(config.probe_rank, run.width(name)) for name, _ in run.ranks}
     examples = site.load().train
     longest = max(len(example.input_ids) for example in examples)
-    room = tokens_within(known.peaks, known.memory_bytes, longest)
-    checkpointing = site.train.gradient_checkpointing
-    if room < longest and config.planner.checkpointing != "never":
-        recomputed = tokens_within(known.peaks, known.memory_bytes, longest, checkpointing=True)
-        checkpointing = checkpointing or recomputed > room
-        room = max(room, recomputed)
-    site.assigned = replace(run.with_ranks(rank), batch=max(1, min(run.batch, room // longest)))
+    fitting = probe_pass(
+        config,
+        Deciding.of(config, site.pool, site.codec, site.downlink, site.seed),
+        _held(site),
+        known,
+        longest,
+        checkpointing=site.train.gradient_checkpointing,
+    )
+    site.assigned = fitting.assignment
     start = initial_state(site.layout, site.seed)
-    if room < longest:
-        examples = _with_room(examples, max(2, room), known.memory_bytes)
+    if fitting.room < longest:
+        examples = _with_room(examples, max(2, fitting.room), known.memory_bytes)
     modules = modules_of(site.layout.names)
     meter = Meter(modules)
 
@@ -149,7 +151,7 @@ def probe(site: Site, message: Payload) -> Payload:
         update={
             "max_steps": config.probe_steps,
             "num_train_epochs": 1.0,
-            "gradient_checkpointing": checkpointing,
+            "gradient_checkpointing": fitting.checkpointing,
         }
     )
     update, _ = train_locally(

@@ -19,7 +19,9 @@ from fluvial.runs.opening import site_of, texts_of
 from fluvial.runs.plan import plan as check
 from fluvial.runs.site_plans import site_plans
 from fluvial.runs.timing import timed
+from fluvial.training.train import collate
 from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Named
 from tests.support.planner import models
 from tests.support.runs import run_table
 
@@ -106,6 +108,38 @@ def test_a_probe_recomputes_layers_where_only_such_a_pass_fits(
     monkeypatch.setattr(tasks, "train_locally", watched)
     tasks.probe(site, Payload(values={"number": 0}))
     assert seen == [(recomputed, batch)]
+
+
+@pytest.mark.parametrize("memory_mb", [0.5, 0.7, 1.0])
+def test_a_probe_keeps_within_the_memory_of_its_site(
+    memory_mb: float, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its adapter is larger than that of the profile, in weights, optimizer and activations."""
+    lora = {"r": 4, "target_modules": "all-linear"}
+    method = {
+        "name": "fedpipe",
+        "probe_steps": 2,
+        "planner": {"ranks": [2, 4]},
+        "budgets": [{"site": "north", "memory_mb": memory_mb, "tokens_s": 1000}],
+    }
+    config = parse(run_config | {"lora": lora, "method": method}, "test")
+    pool = ModelPool(config.model, config.adapter)
+    site = site_of(config, "north", pool, texts_of(config, pool), StateStore(tmp_path / "sites"))
+    examples = site.load().train
+    longest = max(examples, key=lambda example: len(example.input_ids))
+    seen = []
+
+    def watched(site: Site, start: Named, *given: Any, **options: Any) -> Any:
+        with pool.model(start, trainable="A and B", assignment=site.assigned) as model:
+            rows = collate([longest] * site.assigned.batch, 0)  # type: ignore[union-attr]
+            seen.append(measure.peak_bytes(model, rows)[options["settings"].gradient_checkpointing])
+        return train_locally(site, start, *given, **options)
+
+    monkeypatch.setattr(tasks, "train_locally", watched)
+    tasks.profile(site, Payload())
+    answer = tasks.probe(site, Payload(values={"number": 0}))
+    assert seen[0] <= 1.02 * memory_mb * 10**6
+    assert answer.tensors["spectrum"].shape[1] == 8
 
 
 def test_an_error_in_a_plan_names_no_log_that_is_gone(
