@@ -73,9 +73,9 @@ def over_line(
 
 def _over_line(profile: Profile, budget: SiteBudget, line: Line) -> Profile:
     if budget.up_mbit_s is None and profile.up_bytes_s >= MOST_RATE:
-        profile = replace(profile, up_bytes_s=line.up_mbit_s * MBIT)
+        profile = replace(profile, up_bytes_s=min(line.up_mbit_s * MBIT, MOST_RATE))
     if budget.down_mbit_s is None and profile.down_bytes_s >= MOST_RATE:
-        profile = replace(profile, down_bytes_s=line.down_mbit_s * MBIT)
+        profile = replace(profile, down_bytes_s=min(line.down_mbit_s * MBIT, MOST_RATE))
     if budget.rtt_ms is None:
         profile = replace(profile, latency_s=line.rtt_ms / 1000)
     return profile

@@ -75,6 +75,11 @@ def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> Non
     assert "allow fewer" not in busy  # an eighth is the least
     assert "lower train.max_steps" in busy
 
+    least = refused(100, 0.001, up_bytes_s=1e12, down_bytes_s=1e12, latency_s=0.0, samples=1)
+    assert "1 step of" in least
+    assert "shorten data.max_length, or raise method.deadline_s" in least
+    assert "max_steps" not in least  # no round has fewer
+
     site = models(memory_bytes=100 * MB, samples=10**6, latency_s=0.0, up_bytes_s=1e6)
     words = str(refusal(planner(eighths=(8, 4)), "a", site, 5.0))
     assert "allow fewer method.planner.eighths" in words

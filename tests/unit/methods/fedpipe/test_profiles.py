@@ -2,12 +2,18 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fluvial.errors import WireError
-from fluvial.methods.fedpipe.planner.profile import Peak, Profile, Speed, Tokens
+from fluvial.federation.line import Line
+from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedpipe.planner.profile import MOST_RATE, Peak, Profile, Speed, Tokens
+from fluvial.methods.fedpipe.planner.settings import SiteBudget
+from fluvial.methods.fedpipe.profiles import MBIT, over_line
 
 PROFILE = Profile(
     memory_bytes=10**9,
@@ -24,6 +30,23 @@ PROFILE = Profile(
 
 def test_a_profile_returns_from_its_values() -> None:
     assert Profile.from_values(PROFILE.to_values()) == PROFILE
+
+
+def test_the_rates_that_settings_allow_are_those_that_a_profile_may_have() -> None:
+    """A rate beyond them would stop a run in its profile, or when it is resumed."""
+    budget = SiteBudget(site="north", up_mbit_s=8e6, down_mbit_s=1e-6)
+    assert budget.up_mbit_s is not None
+    assert budget.down_mbit_s is not None
+    rates = {"up_bytes_s": budget.up_mbit_s * MBIT, "down_bytes_s": budget.down_mbit_s * MBIT}
+    profile = replace(PROFILE, **rates)  # type: ignore[arg-type]
+    assert Profile.from_values(profile.to_values()) == profile
+    with pytest.raises(ValidationError, match="less than or equal to 8000000"):
+        SiteBudget(site="north", up_mbit_s=1e9)
+
+    unknown = replace(PROFILE, up_bytes_s=MOST_RATE, down_bytes_s=MOST_RATE)
+    line = Line(up_mbit_s=1e9, down_mbit_s=1e9, rtt_ms=0)
+    over = over_line({"north": unknown}, FedPipeConfig(), line)["north"]
+    assert Profile.from_values(over.to_values()) == over
 
 
 @pytest.mark.parametrize(

@@ -113,12 +113,16 @@ def refusal(
         return Refusal(site, "link", link_s, allowed_s, words)
 
     steps = room.setting.steps
-    fewer = "" if min(planner.settings.eighths) == 1 else "allow fewer method.planner.eighths, "
+    batch = room.setting.batch
+    remedy = "lower train.max_steps or train.num_train_epochs"
+    if min(planner.settings.eighths) > 1:
+        remedy = f"allow fewer method.planner.eighths, {remedy}"
+    if steps == 1:
+        remedy = "shorten data.max_length"
     words = (
-        f"{steps} step{'s' if steps > 1 else ''} of {room.setting.batch} sequences "
+        f"{steps} step{'s' if steps > 1 else ''} of {batch} sequence{'s' if batch > 1 else ''} "
         f"take{'' if steps > 1 else 's'} {human_seconds(total_s)}, more than the "
-        f"{human_seconds(allowed_s)} that the deadline "
-        f"allows; {fewer}lower train.max_steps or train.num_train_epochs, or raise "
+        f"{human_seconds(allowed_s)} that the deadline allows; {remedy}, or raise "
         "method.deadline_s"
     )
     return Refusal(site, "deadline", total_s, allowed_s, words)

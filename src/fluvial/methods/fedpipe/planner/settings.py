@@ -109,13 +109,13 @@ class SiteBudget(Settings):
 
     site: str
     """Name of the site."""
-    memory_mb: float | None = Field(None, gt=0, le=1e9)
+    memory_mb: float | None = Field(None, ge=1e-6, le=1e9)
     """Memory, in 10^6 bytes; unset, what is free on the GPU, or, without one, all that the machine
     allows the process."""
-    up_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
+    up_mbit_s: float | None = Field(None, ge=1e-6, le=8e6)
     """Rate from the site to the server, in 10^6 bits a second; unset, that of its long messages,
     else that of `fleet.line`."""
-    down_mbit_s: float | None = Field(None, ge=1e-6, le=1e9)
+    down_mbit_s: float | None = Field(None, ge=1e-6, le=8e6)
     """Rate from the server to the site, in 10^6 bits a second; unset, that of its long messages,
     else that of `fleet.line`."""
     rtt_ms: float | None = Field(None, ge=0, le=1e6)
