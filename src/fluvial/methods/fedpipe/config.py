@@ -86,6 +86,9 @@ class FedPipeConfig(SampledSettings):
         names = [budget.site for budget in self.budgets]
         for name in sorted({name for name in names if names.count(name) > 1}):
             yield f"budgets: site {name!r} stands twice; remove one"
+        empty = [budget.site for budget in self.budgets if budget.model_fields_set == {"site"}]
+        for name in empty:
+            yield f"budgets: site {name!r} has no limit and no rate; set one, or remove it"
 
         fields = type(self).model_fields
         if self.replan_every == 0:

@@ -15,7 +15,7 @@ from fluvial.models.assignment import Assignment
 
 @dataclass(frozen=True)
 class ProbePass:
-    """What a site probes with."""
+    """Ranks, batch and checkpointing of a probe at one site."""
 
     assignment: Assignment
     """Ranks of all candidates, and the batch."""

@@ -62,7 +62,11 @@ def test_a_base_that_does_not_fit_is_refused_with_the_method_that_would() -> Non
 def test_activations_that_do_not_fit_are_refused() -> None:
     words = refused(35.4)
     assert "a pass of 1 x 64 tokens over the base in format nf4 needs 35.9 MB" in words
-    assert "shorten data.max_length" in words
+    assert "; shorten data.max_length, or raise method.budgets.memory_mb" in words
+
+    site = models(memory_bytes=round(35.4 * MB))
+    words = str(refusal(planner(checkpointing="never", batches=(2, 4)), "a", site, None))
+    assert "allow smaller method.planner.batches, allow method.planner.checkpointing, or" in words
 
 
 def test_a_deadline_is_refused_with_the_link_or_the_work_that_misses_it() -> None:

@@ -43,6 +43,9 @@ def test_the_rates_that_settings_allow_are_those_that_a_profile_may_have() -> No
     with pytest.raises(ValidationError, match="less than or equal to 8000000"):
         SiteBudget(site="north", up_mbit_s=1e9)
 
+    with pytest.raises(ValidationError, match="site 'north' has no limit and no rate"):
+        FedPipeConfig(budgets=(SiteBudget(site="north"),))
+
     unknown = replace(PROFILE, up_bytes_s=MOST_RATE, down_bytes_s=MOST_RATE)
     line = Line(up_mbit_s=1e9, down_mbit_s=1e9, rtt_ms=0)
     over = over_line({"north": unknown}, FedPipeConfig(), line)["north"]

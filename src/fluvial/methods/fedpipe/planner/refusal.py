@@ -88,11 +88,15 @@ def refusal(
             key=lambda pair: pair[1],
         )
         setting = room.setting
+        remedies = ["shorten data.max_length"]
+        if setting.batch > 1:
+            remedies.append("allow smaller method.planner.batches")
+        if planner.settings.checkpointing == "never":
+            remedies.append("allow method.planner.checkpointing")
         words = (
             f"a pass of {setting.batch} x {setting.length} tokens over the base in format "
             f"{setting.format} needs {human_bytes(needed)} with activations, more than its "
-            f"{human_bytes(memory)}; shorten data.max_length, allow smaller "
-            "method.planner.batches or checkpointing, or raise method.budgets.memory_mb"
+            f"{human_bytes(memory)}; {', '.join(remedies)}, or raise method.budgets.memory_mb"
         )
         return Refusal(site, "activations", needed, memory, words, fitting)
 
