@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from fluvial import caller
 from fluvial.errors import ConfigError
 from fluvial.models.adapters import SavedLora
 from fluvial.models.pool import ModelPool
@@ -132,13 +133,14 @@ def weights_in(name: str) -> str:
 
 def _hint(folder: Path) -> str:
     """Return where the weights of a run's folder lie, or would lie."""
-    if "fluvial" in (read_object(folder / CONFIG) or {}):
-        if not (folder / RESULT).exists():
-            return "the run in it has not finished; continue it with `fluvial run ... --resume`"
-        if not any((folder / name).is_dir() for name in EXPORTS):
-            return "the method of the run in it leaves each site its own weights, and none for all"
-    made = [inner for inner in ("adapter", "model") if (folder / inner).is_dir()]
-    return f"did you mean {folder / made[0]}?" if made else "a run writes RUN/adapter or RUN/model"
+    made = [inner for inner in EXPORTS if (folder / inner).is_dir()]
+    if made:
+        return f"did you mean {folder / made[0]}?"
+    if "fluvial" not in (read_object(folder / CONFIG) or {}):
+        return "a run writes RUN/adapter or RUN/model"
+    if not (folder / RESULT).exists():
+        return f"the run in it has not finished; continue it with {caller.resume()}"
+    return "the method of the run in it leaves each site its own weights, and none for all"
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:
