@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fluvial.codecs import build, must_learn, read_settings
-from fluvial.codecs.auto import AutoSettings, candidates
+from fluvial.codecs.auto import AutoSettings, Use, candidates
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.federation.in_process import concurrency
@@ -220,7 +220,7 @@ def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCo
 
     settings = config.coding
     if isinstance(settings, AutoSettings):
-        settings = read_settings(candidates(settings, pool.layout)[0])
+        settings = read_settings(candidates(settings, pool.layout, Use(config.rounds))[0])
     if must_learn(settings):
         return None
 
