@@ -6,6 +6,7 @@ import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -78,3 +79,12 @@ def test_the_make_file_installs_from_the_lock() -> None:
     installs = re.findall(r"pip install.*", (ROOT / "Makefile").read_text())
     assert installs
     assert all("--constraint constraints.txt" in line for line in installs)
+
+
+def test_what_is_installed_runs_on_the_oldest_python_of_the_project() -> None:
+    """A package for a later patch level of that Python ends the install of those who lack it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = Version(project["requires-python"].removeprefix(">="))
+    asked = {name: distribution(name).metadata["Requires-Python"] for name in needed()}
+    late = {name: each for name, each in asked.items() if each and oldest not in SpecifierSet(each)}
+    assert late == {}
