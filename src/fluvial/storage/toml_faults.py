@@ -18,6 +18,8 @@ class Fault:
         self.context: dict[str, Any] = problem.get("ctx", {})
         self.path = list[str | int]()
         self.right = Expected((root,))
+        self.chosen = ""
+        self.others = dict[str, type[Settings]]()
         loc = list(problem["loc"])
         if loc[-1:] == ["[key]"] and loc[-2:-1] == [self.input]:  # a key of a dict, no value
             loc.pop()
@@ -32,11 +34,14 @@ class Fault:
         """Follow one part of pydantic's location, which also names the alternatives of a
         union."""
         if len(self.right.tables) > 1:  # the tag of a union, such as the method's name, is no key
+            self.chosen = str(part)
+            self.others = {tag: each for each in self.right.tables for tag in tags_of(each)}
             self.right = Expected(
                 tuple(each for each in self.right.tables if part in tags_of(each))
             )
             return
 
+        self.others = {}
         if self.right.tables:
             field = self.right.tables[0].model_fields.get(str(part))
             self.path.append(part)
@@ -68,11 +73,7 @@ class Fault:
     def lines(self) -> Iterator[str]:
         """Yield one line for each fault."""
         if self.kind == "extra_forbidden":
-            known = list(self.right.tables[0].model_fields) if self.right.tables else []
-            yield (
-                f"{_dotted(self.place, self.key)}: unknown key; "
-                f"{_nearest(self.key, known, 'known keys: ')}"
-            )
+            yield f"{_dotted(self.place, self.key)}: {self._unknown_key()}"
         elif self.kind == "invalid_key":
             kind = type(self.input).__name__
             yield f"{_dotted(self.place, self.key)}: the key is of type {kind}; write it as a str"
@@ -107,6 +108,16 @@ class Fault:
         if self.kind == "string_too_long":
             return f"must have at most {self.context['max_length']} characters"
         return f"must be {self.right.words()}"
+
+    def _unknown_key(self) -> str:
+        having = [tag for tag, each in self.others.items() if self.key in each.model_fields]
+        if having:
+            return (
+                f"{self.path[-1]} {self.chosen!r} has no key {self.key!r}; "
+                f"remove it, or choose one of {', '.join(having)}"
+            )
+        known = list(self.right.tables[0].model_fields) if self.right.tables else []
+        return f"unknown key; {_nearest(self.key, known, 'known keys: ')}"
 
     def _unknown_tag(self) -> str:
         known = self.context["expected_tags"].replace("'", "").split(", ")
