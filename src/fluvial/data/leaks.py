@@ -37,7 +37,8 @@ class Leaks:
         total = sum(map(len, self._heldout.values()))
         return [
             f"{sum(leaked.values())} of {total} held-out sequences are also trained on, token by "
-            f"token: held-out measures are too good ({_listed(leaked)})"
+            f"token: held-out measures are too good ({_listed(leaked)}); remove the duplicates, or "
+            "name other records in data.heldout_source"
         ]
 
 

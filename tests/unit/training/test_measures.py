@@ -165,7 +165,8 @@ def test_leaks_are_counted_over_all_sites() -> None:
     assert leaks.by_site() == {"a": 1, "b": 2}
     assert leaks.remarks() == [
         "3 of 4 held-out sequences are also trained on, token by token: held-out measures are "
-        "too good ('b': 2, 'a': 1)"
+        "too good ('b': 2, 'a': 1); remove the duplicates, or name other records in "
+        "data.heldout_source"
     ]
     assert Leaks().remarks() == []
 
