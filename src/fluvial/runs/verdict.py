@@ -58,9 +58,22 @@ class Verdict:
 
     @property
     def helped(self) -> Answer:
-        """Return the answer against `against`."""
+        """Return the answer against `against`, "partly" where exact match disagrees with the
+        losses."""
         decisive = self.local or self.base
-        return decisive.answer if decisive else "not measured"
+        if decisive is None:
+            return "not measured"
+        return "partly" if self.disagrees else decisive.answer
+
+    @property
+    def disagrees(self) -> bool:
+        """True if mean exact match is worse than that of `against` and the losses are better, or
+        the other way round."""
+        decisive, against = self.local or self.base, self.against
+        if decisive is None or against not in self.exact_match:
+            return False
+        gain = self.exact_match["final"] - self.exact_match[against]
+        return gain < 0 if decisive.answer == "yes" else gain > 0 and decisive.answer == "no"
 
     def line(self) -> str:
         """Return the verdict as one line for people."""
@@ -87,7 +100,8 @@ class Verdict:
             if name in self.exact_match
         ]
         against = f" against {', '.join(others)}" if others else ""
-        return f"Exact match {100 * self.exact_match['final']:.1f} %{against}"
+        warning = " (losses and exact match disagree)" if self.disagrees else ""
+        return f"Exact match {100 * self.exact_match['final']:.1f} %{against}{warning}"
 
     def tile(self) -> str:
         """Return the verdict in the few words of a heading."""

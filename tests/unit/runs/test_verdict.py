@@ -77,22 +77,39 @@ def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str
     assert judge(made(final), {"local": made([3.0] * 4)}).line().startswith(words)
 
 
-def test_a_run_with_answers_leads_with_their_score() -> None:
-    def scored(score: float, base: float) -> dict[str, Any]:
-        found = made([2.9] * 4)
-        for number, row in enumerate(found["heldout_by_site"].values()):
-            row["base"]["exact_match"] = base
-            row["final"]["exact_match"] = score + 0.1 * (-1) ** number
-        return found
+def scored(score: float, base: float, loss: float = 2.9) -> dict[str, Any]:
+    """A result with this loss at four sites, and this mean exact match."""
+    found = made([loss] * 4)
+    for number, row in enumerate(found["heldout_by_site"].values()):
+        row["base"]["exact_match"] = base
+        row["final"]["exact_match"] = score + 0.1 * (-1) ** number
+    return found
 
+
+def test_a_run_with_answers_leads_with_their_score() -> None:
     verdict = judge(scored(0.8, 0.1), {"local": scored(0.25, 0.1), "fedavg": None})
     assert verdict.exact_match == pytest.approx({"final": 0.8, "base": 0.1, "local": 0.25})
     assert verdict.line().startswith(
-        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; did "
+        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model "
+        "(losses and exact match disagree); did "
     )
     without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
     assert without.exact_match == {}
     assert "Exact match" not in without.line()
+
+
+@pytest.mark.parametrize(
+    ("loss", "score", "helped"),
+    [(2.8, 0.2, "partly"), (2.8, 0.4, "yes"), (3.0, 0.4, "partly"), (3.0, 0.2, "no")],
+)
+def test_a_loss_and_a_score_that_disagree_are_no_clear_answer(
+    loss: float, score: float, helped: str
+) -> None:
+    verdict = judge(scored(score, 0.1, loss), {"local": scored(0.3, 0.1)})
+    assert verdict.helped == helped
+    assert ("(losses and exact match disagree);" in verdict.line()) == (helped == "partly")
+    unscored = judge(scored(score, 0.1, loss), {"local": made([2.9] * 4)})
+    assert unscored.helped == ("yes" if loss < 2.9 else "no")
 
 
 def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
