@@ -6,6 +6,7 @@ drawn in every round; matplotlib needs about a second for a page.
 """
 
 import math
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -13,6 +14,8 @@ from markupsafe import Markup, escape
 
 WIDTH = 340.0
 """Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
+FONT = 11.5
+"""Size of the font of a chart's texts in these units, as the style sheet has it."""
 CHARACTER = 6.4
 """Mean width of a character in these units."""
 COLOURS = ("own", "fedavg", "local", "central", "base", "sixth")
@@ -228,8 +231,8 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
 
     low, high = min(0.0, *known), max(0.0, *known)
     high = high if high > low else low + 1.0
-    left = 10 + CHARACTER * min(18, max(map(len, labels)))
-    room = 8 + CHARACTER * max((len(words) for bars in series for words in bars.words), default=0)
+    left = 10 + max(_length(_short(label, 18)) for label in labels)
+    room = 8 + max((_length(words) for bars in series for words in bars.words), default=0)
     before = room if low < 0 else 0.0
     inner = WIDTH - left - room - before - 4
     thick = 13.0 if len(series) > 1 else 16.0
@@ -271,13 +274,15 @@ def grid_chart(
     A column has at least the width `cell`, or what its longest text needs.
     """
     texts = [each.text for cells in rows.values() for each in cells]
-    left = 10 + CHARACTER * min(20, max(map(len, rows)))
+    left = 10 + max(_length(_short(label, 20)) for label in rows)
     need = max(cell, 8 + CHARACTER * max(map(len, texts), default=0))
     wide = max(need, min(64.0, (WIDTH - left - 6) / max(1, len(columns))))
-    slanted = max(map(len, columns), default=0) * CHARACTER > wide - 4
-    top = 14 + (CHARACTER * 0.72 * min(16, max(map(len, columns))) if slanted else 4.0)
+    longest = max((_length(_short(label, 16)) for label in columns), default=0.0)
+    slanted = longest > wide - 4
+    top = 14 + (0.72 * longest if slanted else 4.0)
     tall = 24.0 if any(texts) else 16.0
-    width = max(left + wide * len(columns) + (50 if slanted else 6), 200.0)
+    beside = max(6.0, 0.72 * longest + 8 - wide / 2) if slanted else 6.0
+    width = max(left + wide * len(columns) + beside, 200.0)
 
     drawing = _Drawing()
     for number, label in enumerate(columns):
@@ -351,6 +356,20 @@ def _mark(colour: str, x: float, y: float) -> str:
         f'<path d="{d}" transform="translate({x:.1f} {y:.1f})" '
         f'style="fill:var(--{colour});stroke:var(--{colour})"/>'
     )
+
+
+def _length(words: str) -> float:
+    """Return the length of `words` in a wide font, so that no system's font needs more."""
+    return FONT * sum(map(_width, words))
+
+
+def _width(character: str) -> float:
+    """Return the width of a character in a wide font, after DejaVu Sans, in font sizes."""
+    if character in "fijlrtI ,.:;'|!()[]/-":
+        return 0.46
+    if character in "mwMW%@…" or unicodedata.east_asian_width(character) in "WF":
+        return 1.0
+    return 0.8 if character.isupper() or character in "+=<>~_" else 0.65
 
 
 def _short(label: str, most: int) -> str:
