@@ -42,6 +42,11 @@ document.getElementById("page").onload = event => {
       }).map(text => text.textContent)})),
     hidden: [...page.querySelectorAll(".tip")].every(
       tip => view.getComputedStyle(tip).display == "none"),
+    hints: [...page.querySelectorAll(".scroll, figure")].map(
+      box => view.getComputedStyle(box).backgroundAttachment),
+    scrolls: [...page.querySelectorAll("*")].filter(
+      box => box.scrollWidth > box.clientWidth + 1 && !box.matches(".scroll, figure")
+        && view.getComputedStyle(box).overflowX == "auto").length,
     shown: [...page.querySelectorAll(".tabs > .pair")].filter(
       pair => view.getComputedStyle(pair).display != "none").length,
   }) }</script>"""
@@ -173,5 +178,7 @@ def test_the_page_opens_whole(
     assert found["charts"]
     assert all(chart["tips"] and not chart["outside"] for chart in found["charts"]), found["charts"]
     assert found["hidden"]
+    assert {*found["hints"]} == {"local, local, scroll, scroll"}  # a shade where more can be seen
+    assert found["scrolls"] == 0
     assert found["shown"] == (0 if kind in ("refused", "begun") else 1)
     assert console == []
