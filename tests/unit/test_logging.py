@@ -1,8 +1,16 @@
 """Library code logs by its module's name; only a process's entry point configures logging."""
 
 import ast
+import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.cli.console import LogFormat
+from fluvial.runs.config import parse
+from fluvial.runs.run import execute
 
 SOURCE = Path(__file__).parents[2] / "src" / "fluvial"
 ENTRY_POINTS = ("cli/__init__.py", "flower/server.py")
@@ -38,3 +46,20 @@ def test_a_module_logs_by_its_name() -> None:
 
 def test_only_entry_points_configure_logging() -> None:
     assert sorted(path for path, _ in calls("basicConfig")) == list(ENTRY_POINTS)
+
+
+def test_a_note_on_a_configuration_has_no_time(
+    run_config: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FedAvg reads no public text, which is known before the first round."""
+    next(iter(execute(parse(run_config, "test"), tmp_path / "run")))
+    (note,) = (each for each in caplog.records if "data.public_source" in each.getMessage())
+    line = LogFormat().format(note)
+    assert line.startswith("• ")
+    assert line.endswith(note.getMessage())
+    failure = logging.LogRecord(
+        "fluvial.federation.fleet", logging.WARNING, "", 0, "site north is skipped", (), None
+    )
+    words = LogFormat().format(failure)
+    assert words.endswith(" fluvial.federation.fleet: site north is skipped")
+    assert words[:2] == "20"

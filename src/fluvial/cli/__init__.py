@@ -26,7 +26,7 @@ from fluvial.cli import (
     site,
     submit,
 )
-from fluvial.cli.console import CLICK_SUGGESTS, err, out
+from fluvial.cli.console import CLICK_SUGGESTS, LogFormat, err, out
 from fluvial.errors import FluvialError
 from fluvial.formatting import safe_text
 
@@ -95,8 +95,7 @@ def _options(
     handler = logging.StreamHandler(sys.stderr)
     # The handler has the level, because a progress bar lowers that of the library's logger.
     handler.setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.basicConfig(
-        level=handler.level, format="%(asctime)s %(name)s: %(message)s", handlers=[handler]
-    )
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=handler.level, handlers=[handler])
     # It reports at import, with or without a quantised base, that another library is missing.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

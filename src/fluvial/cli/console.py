@@ -1,6 +1,7 @@
 """The two consoles, the options that several commands share, and printing in their formats."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -37,6 +38,8 @@ out = Console(highlight=False)
 """Console of results: standard output."""
 err = Console(stderr=True, highlight=False)
 """Console of progress, warnings and errors: standard error."""
+NOTES = "fluvial.runs.run"
+"""Logger whose warnings are notes on a configuration and its data, given before the first round."""
 CLICK_SUGGESTS = hasattr(click.exceptions, "NoSuchCommand")
 """True where click (8.4 and later) names the nearest command, so that typer must not do it too."""
 
@@ -58,6 +61,19 @@ Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="No TLS and no keys: for trials on one machine."),
 ]
+
+
+class LogFormat(logging.Formatter):
+    """Format of the log: time, logger and message, and the message alone of a note."""
+
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(name)s: %(message)s")
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a message, that of a note as `fluvial check` prints it."""
+        if record.name == NOTES and record.levelno == logging.WARNING:
+            return f"• {safe_text(record.getMessage())}"
+        return super().format(record)
 
 
 def load_config(
