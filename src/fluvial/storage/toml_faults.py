@@ -114,7 +114,7 @@ class Fault:
         if having:
             return (
                 f"{self.path[-1]} {self.chosen!r} has no key {self.key!r}; "
-                f"remove it, or choose one of {', '.join(having)}"
+                f"remove it, or choose another {self.path[-1]} that has it: {', '.join(having)}"
             )
         known = list(self.right.tables[0].model_fields) if self.right.tables else []
         return f"unknown key; {_nearest(self.key, known, 'known keys: ')}"

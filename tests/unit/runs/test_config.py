@@ -59,7 +59,8 @@ def test_defaults_are_the_papers() -> None:
         ({"codec": {"name": "ternary", "rat": 64}}, "codec.rat: unknown key; did you mean 'rate'?"),
         (
             {"codec": {"name": "int8", "rate": 64}},
-            "codec.rate: codec 'int8' has no key 'rate'; remove it, or choose one of ",
+            "codec.rate: codec 'int8' has no key 'rate'; remove it, or choose another codec that "
+            "has it: top_k, ",
         ),
         ({"codec": "int8"}, 'codec = "int8": must be a table; write {name = "int8"}'),
         ({"codec": {"rate": 64}}, "codec: name is missing; choose one of identity, bf16"),
