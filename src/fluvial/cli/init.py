@@ -30,7 +30,8 @@ def init(
         str | None, typer.Option(help="A model's folder or hub id, or 'embedded'.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A file, a folder of files, or a hub id of a data set.")
+        list[str] | None,
+        typer.Option(help="A file, a folder of files, or a hub id of a data set."),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -70,6 +71,12 @@ def init(
     if site_column is not None and sites is not None:
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
+    if data is not None and len(data) > 1:
+        raise ConfigError(
+            f"--data: given {len(data)} times; put these files into one folder, which is read "
+            "whole where they have one form, and give that once"
+        )
+
     asks = not no_input and _on_terminal()
     from fluvial.data.faults import DataError
     from fluvial.runs.proposal.limits import LIMITS, limits_of, reads_public
@@ -101,7 +108,13 @@ def init(
         "embedded",
     )
     _found(facts.words(), asks)
-    records = _answer("Records: a file, a folder or a hub id", data, "--data", asks, looked_at_data)
+    records = _answer(
+        "Records: a file, a folder or a hub id",
+        data[0] if data else None,
+        "--data",
+        asks,
+        looked_at_data,
+    )
     _found(f"{len(records.rows):,} records, form {records.form}", asks)
     divided = _sites(records, site_column, sites, asks)
     _found(divided.words(), asks)

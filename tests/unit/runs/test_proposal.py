@@ -81,6 +81,12 @@ def test_a_file_with_a_column_of_owners(tiny_model: Path) -> None:
     assert " preview q.toml" in result.output.partition("Next:")[2]
 
 
+def test_records_that_are_named_twice_are_not_dropped() -> None:
+    data = written(answers())
+    with pytest.raises(ConfigError, match="--data: given 2 times; put these files into one folder"):
+        run_init("--yes", "--model", "embedded", "--data", data, "--data", data)
+
+
 def test_everything_that_is_set_differs_from_the_defaults(tiny_model: Path) -> None:
     run_init("--yes", "--model", str(tiny_model), "--data", written(answers()))
     table = tomllib.loads(Path("q.toml").read_text())
@@ -176,9 +182,9 @@ def test_private_updates_over_quick_links_need_no_codec_that_learns(tiny_model: 
     ],
 )
 def test_wrong_options_are_named(options: list[str], words: str, tiny_model: Path) -> None:
-    given = ["--model", str(tiny_model), "--data", written(answers())]
+    data = [] if "--data" in options else ["--data", written(answers())]
     with pytest.raises(ConfigError, match=words):
-        run_init("--yes", *given, *options)
+        run_init("--yes", "--model", str(tiny_model), *data, *options)
 
 
 def test_equal_shares_where_no_record_names_its_owner(tiny_model: Path) -> None:
