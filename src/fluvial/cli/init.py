@@ -79,7 +79,7 @@ def init(
 
     asks = not no_input and _on_terminal()
     from fluvial.data.faults import DataError
-    from fluvial.runs.proposal.limits import LIMITS, limits_of, reads_public
+    from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import facts_about, read_records
@@ -151,7 +151,7 @@ def init(
     with writing(file, ANOTHER):
         file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, proposal.text.encode(), ANOTHER)
-    _report(file, proposal)
+    _report(file, proposal, plans=method_for(chosen) == "fedpipe")
 
 
 def _on_terminal() -> bool:
@@ -291,8 +291,9 @@ def _found(words: str, asks: bool) -> None:
         err.print(f"  {words}", style="dim", markup=False)
 
 
-def _report(file: Path, proposal: "Proposal") -> None:
-    """Print what was found, the main figures of the check, and the next commands."""
+def _report(file: Path, proposal: "Proposal", *, plans: bool) -> None:
+    """Print what was found, the main figures of the check, and the next commands; `plans` says that
+    the method plans each site."""
     from fluvial.report.plan_tables import figures_table
 
     for line in proposal.found:
@@ -304,5 +305,7 @@ def _report(file: Path, proposal: "Proposal") -> None:
     program = shlex.join(program_name())
     run = Path("runs") / file.stem
     print_line(f"\nwrote {file}, and checked it. Next:")
-    for words in (["preview", file], ["run", file], ["show", run, "--html", run / "report.html"]):
+    show = ["show", run, "--html", run / "report.html"]
+    before = [["preview", file], ["plan", file]] if plans else [["preview", file]]
+    for words in (*before, ["run", file], show):
         print_line(f"  {program} {shlex.join(map(str, words))}")

@@ -81,6 +81,18 @@ def test_a_file_with_a_column_of_owners(tiny_model: Path) -> None:
     assert " preview q.toml" in result.output.partition("Next:")[2]
 
 
+@pytest.mark.parametrize(("limit", "next_commands"), [("unequal-sites", 4), ("none", 3)])
+def test_the_plan_is_among_the_next_commands_where_sites_are_planned(
+    limit: str, next_commands: int, tiny_model: Path
+) -> None:
+    given = ["--model", str(tiny_model), "--data", written(answers()), "--limit", limit]
+    after = run_init("--yes", *given).output.partition("Next:")[2].split("\n")
+    assert (
+        len([line for line in after if "q.toml" in line or "report.html" in line]) == next_commands
+    )
+    assert any(" plan q.toml" in line for line in after) == (limit == "unequal-sites")
+
+
 def test_records_that_are_named_twice_are_not_dropped() -> None:
     data = written(answers())
     with pytest.raises(ConfigError, match="--data: given 2 times; put these files into one folder"):
