@@ -171,5 +171,5 @@ def _line(uplink_mbps: float) -> Section:
             Setting("down_mbit_s", DOWN_OVER_UP * uplink_mbps, "a guess: ten times the uplink"),
             Setting("rtt_ms", RTT_MS, "a guess"),
         ],
-        why="`fluvial check` predicts the time of a round over this line, and `auto` weighs bytes by it",
+        why="`fluvial check` predicts a round over this line, and `auto` weighs bytes by it",
     )
