@@ -60,9 +60,11 @@ def writing(path: Path, remedy: str) -> Iterator[None]:
     """Raise `ConfigError` with `remedy` where `path`, which a person names, cannot be written."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+    except OSError as error:
+        reason = error.strerror or str(error)
         raise ConfigError(f"cannot write {path}: {reason}; {remedy}") from error
+    except SafetensorError as error:
+        raise ConfigError(f"cannot write {path}: {error}; {remedy}") from error
 
 
 def write_whole(path: Path, data: bytes, remedy: str) -> None:

@@ -90,6 +90,11 @@ def _profile(site: Site) -> Profile:
     return known
 
 
+def _deciding(site: Site) -> Deciding:
+    """Return what plans of the run share, as the site works it out for itself."""
+    return Deciding.of(site.method, site.pool, site.codec, site.downlink, site.seed)
+
+
 def evaluate(site: Site, message: Payload) -> Payload:
     """Measure on held-out text as all methods do, over the base as the site holds it."""
     base = _held(site)
@@ -125,7 +130,7 @@ def probe(site: Site, message: Payload) -> Payload:
     longest = max(len(example.input_ids) for example in examples)
     fitting = probe_pass(
         config,
-        Deciding.of(config, site.pool, site.codec, site.downlink, site.seed),
+        _deciding(site),
         _held(site),
         known,
         longest,
@@ -204,9 +209,8 @@ def configure(site: Site, message: Payload) -> Payload:
 
 def _check_memory(site: Site, plan: SiteConfiguration) -> None:
     """Raise `WireError` for a plan that needs more memory than the site has."""
-    deciding = Deciding.of(site.method, site.pool, site.codec, site.downlink, site.seed)
     profile = _profile(site)
-    needed = deciding.memory_bytes(profile, plan)
+    needed = _deciding(site).memory_bytes(profile, plan)
     if needed > MEMORY_SLACK * profile.memory_bytes:
         raise WireError(
             f"plan: training by it needs {human_bytes(needed)}, more than the "
