@@ -109,7 +109,7 @@ CENTRAL = "central"
 EMBEDDINGS = f"{OURS}, embeddings too"
 WIDE = f"{OURS}, embeddings too, two layers a block"
 CUT = "fedcybgd int8, embeddings too, four equal blocks"
-LONGER = f"{CUT}, 1.5 times the cycles"
+LONGER = f"{CUT}, 1.5 times the passes"
 LATIN: Table = {"name": "fedcybgd", "order": "latin"}
 GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
 """As configs/fedcybgd.toml, with the rest of the model on disk."""

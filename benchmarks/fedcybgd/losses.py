@@ -2,14 +2,15 @@
 
     python -m benchmarks.fedcybgd [--part losses|download|memory|compute|paper ...] [--quick]
         [--cell NAME ...] [--contender TEXT ...] [--seeds N] [--minutes M]
-        [--cache FILE.jsonl] [--processes N] [--device cuda] [--out FILE.json]
-        [--pictures FOLDER]
+        [--cache FILE.jsonl] [--known FILE.json] [--processes N] [--device cuda]
+        [--out FILE.json] [--pictures FOLDER]
 
 losses    Every contender makes the same passes over the same data, unless its name says otherwise.
           Its learning rate is the best of three on seed 0, by the held-out loss after the last
           round, and of up to two more where the best is at the edge; then all seeds run at it.
           Losses are means over the sites, bytes are those of one site's serialised messages over
-          the whole run, and memory is by formula.
+          the whole run, and memory is by formula. Rows that --known has are kept, and not run
+          again; new ones are joined to them.
 download  The forms of download at one setting and learning rate: bytes down of a visit, final
           loss, and the cosine of a block's gradient through the download to the exact one, at the
           base and at the end of a run.
@@ -21,6 +22,7 @@ paper     The paper's figures: losses cycle by cycle of every order of blocks, o
 """
 
 import argparse
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -85,12 +87,22 @@ def losses_part(
             if any(text in each.name for text in (*options.contender, REFERENCE))
         ]
 
+    known = known_rows(options.known, report) if options.known else []
+    have = {(row["cell"], row["contender"]) for row in known}
     waiting = [
-        Job(cell, each, bed, options.cache, options.deadline) for cell in cells for each in named
+        Job(cell, each, bed, options.cache, options.deadline)
+        for cell in cells
+        for each in named
+        if (cell.name, each.name) not in have
     ]
     found = run_all(pool, sorted(waiting, key=lambda job: job.contender.tier), report)
     rows = [
-        row for cell in cells for row in table([each for each in found if each.job.cell == cell])
+        row
+        for cell in cells
+        for row in table(
+            [each for each in found if each.job.cell == cell],
+            [row for row in known if row["cell"] == cell.name],
+        )
     ]
 
     for cell in cells:
@@ -123,24 +135,48 @@ COLUMNS = {
 }
 
 
-def table(found: Sequence[Found]) -> list[Row]:
-    """Return a row for every contender of one cell, beside Fed-full's runs with the same seeds."""
-    reference = next((each for each in found if each.job.contender.name == REFERENCE), None)
-    theirs = [run for run in reference.runs if "stopped" not in run] if reference else []
-    rows = [_row(each, theirs) for each in found if each.tuning]
+def known_rows(path: Path, report: Report) -> list[Row]:
+    """Return the rows of an earlier result, each with the state of the package that it is of; what
+    was not measured then is noted again."""
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    report.skipped += earlier["skipped"]
+    report.settings["note"] = earlier["settings"].get("note")
+    source = earlier["settings"]["source"]
+
+    return [{"source": source, **row} for row in earlier["rows"] if row["part"] == "losses"]
+
+
+def table(found: Sequence[Found], known: Sequence[Row] = ()) -> list[Row]:
+    """Return a row for every contender of one cell, those of `known` first, beside Fed-full's runs
+    with the same seeds."""
+    rows = [*known, *(_row(each) for each in found if each.tuning)]
     full = next((row for row in rows if row["contender"] == REFERENCE and row["seeds"]), None)
 
     for row in rows:
         if full is not None and row["seeds"]:
-            row["up_share"] = (
-                row["bytes_up"] / full["bytes_up"] if row["bytes_up"] is not None else None
-            )
-            row["memory_share"] = row["memory_bytes"] / full["memory_bytes"]
+            row |= _beside(row, full)
 
     return rows
 
 
-def _row(each: Found, theirs: Sequence[Row]) -> Row:
+def _beside(row: Row, full: Row) -> Row:
+    """Return what a row is of Fed-full's, by the seeds that both have."""
+    pairs = list(zip(row["losses"], full["losses"], strict=False))
+    ratios = [mine / theirs for mine, theirs in pairs]
+    base = len(pairs) * row["base_loss"]
+    gain = base - sum(theirs for _, theirs in pairs)
+    up = row["bytes_up"]
+
+    return {
+        "ratio": mean(ratios),
+        "ratio_half": half_width(ratios),
+        "gain_kept": (base - sum(mine for mine, _ in pairs)) / gain,
+        "up_share": None if up is None else up / full["bytes_up"],
+        "memory_share": row["memory_bytes"] / full["memory_bytes"],
+    }
+
+
+def _row(each: Found) -> Row:
     rates = list(each.tuning)
     row: Row = {
         "cell": each.job.cell.name,
@@ -180,17 +216,8 @@ def _row(each: Found, theirs: Sequence[Row]) -> Row:
         "conflicts": mean(run["conflicts"] for run in runs),
         "run_s": mean(run["seconds"] for run in runs),
         "cpu_s": mean(run["cpu_s"] for run in runs),
+        "source": runs[-1]["source"],
     }
-    pairs = list(zip(runs, theirs, strict=False))
-
-    if pairs:
-        ratios = [run["loss"] / other["loss"] for run, other in pairs]
-        gain = sum(other["base_loss"] - other["loss"] for _, other in pairs)
-        row |= {
-            "ratio": mean(ratios),
-            "ratio_half": half_width(ratios),
-            "gain_kept": sum(run["base_loss"] - run["loss"] for run, _ in pairs) / gain,
-        }
 
     return row
 
@@ -302,6 +329,9 @@ def main() -> None:
     )
     parser.add_argument(
         "--cache", type=Path, help="JSON lines: runs to take, and to add to; may be shared"
+    )
+    parser.add_argument(
+        "--known", type=Path, help="result of an earlier call, whose rows of part losses are kept"
     )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of part compute")

@@ -177,6 +177,22 @@ def test_fedcybgd_losses(tmp_path: Path) -> None:
     assert (tmp_path / "runs.jsonl").read_text() == lines
 
 
+def test_known_rows_are_kept_and_compared_as_when_they_were_measured() -> None:
+    """Shares of Fed-full follow from the losses by seed that are stored."""
+    report = Report("fedcybgd", {})
+    path = pictures.RESULTS / "fedcybgd_losses.json"
+    known = losses.known_rows(path, report)
+    cell = [row for row in known if row["cell"] == "shakespeare"]
+    again = losses.table([], [{**row, "ratio": None, "gain_kept": None} for row in cell])
+    stored = json.loads(path.read_text())
+    assert report.skipped == stored["skipped"]
+    assert len(known) == len(stored["rows"])
+    assert all(row["source"] for row in known)
+    for old, new in zip(cell, again, strict=True):
+        assert new["ratio"] == pytest.approx(old["ratio"], abs=1e-5)
+        assert new["gain_kept"] == pytest.approx(old["gain_kept"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_fedcybgd_download(tmp_path: Path) -> None:
     """The cache is exact, what compresses is not, and the codec of the upload makes the cache

@@ -66,7 +66,7 @@ def partition(
     asked for.
 
     With `num_blocks` the layers and `extra` are cut into that many blocks instead, between the
-    modules of a layer too, such that the largest block is as small as can be. `whole` makes one
+    matrices of a layer too, such that the largest block is as small as can be. `whole` makes one
     block of everything. Raises `ConfigError` where there are no layers, nothing of an extra kind,
     or too little for so many blocks.
     """
@@ -128,20 +128,22 @@ def _with_rest(blocks: Sequence[Block], layout: Layout, prefix: str, layers: int
 def _units(
     layout: Layout, prefix: str, numbers: dict[str, int], others: set[str]
 ) -> dict[str, list[str]]:
-    """Return the names of each module of a layer, and of each kind of `others`, bottom up: the
-    embeddings, every layer's attention and MLP with the norms around them, the norm, the head."""
+    """Return the names of each matrix and norm of a layer, and of each kind of `others`, bottom up:
+    the embeddings, every layer's attention and MLP with the norms around them, the norm, the head.
+    What stands deeper than a matrix, as experts do, is not cut."""
     found: dict[tuple[int, int, str], list[str]] = {}
     for name, shape in layout.shapes:
         if name in numbers:
-            module = name.removeprefix(f"{prefix}{numbers[name]}.").split(".", 1)[0]
-            key = (numbers[name], _place_in_layer(module), f"layer {numbers[name]} {module}")
+            words = name.removeprefix(f"{prefix}{numbers[name]}.").split(".")
+            module = ".".join(words[:-1][:2]) or words[0]
+            key = (numbers[name], _place_in_layer(words[0]), f"layer {numbers[name]} {module}")
             found.setdefault(key, []).append(name)
         elif name in others:
             kind = _kind(name, shape)
             place = -1 if kind == "embeddings" else max(numbers.values()) + 1
             found.setdefault((place, int(kind == "head"), kind), []).append(name)
 
-    return {title: found[place, within, title] for place, within, title in sorted(found)}
+    return {key[2]: found[key] for key in sorted(found, key=lambda key: key[:2])}
 
 
 def _place_in_layer(module: str) -> int:

@@ -40,7 +40,7 @@ class FedCyBgdConfig(MethodSettings):
     """Number of decoder layers in a block."""
     num_blocks: int | None = Field(None, ge=1, le=10**6)
     """Number of blocks of about equal size, instead of `layers_per_block`; layers and `extra` are
-    cut between attention and MLP too."""
+    cut between matrices too."""
     parallel: int = Field(1, ge=1, le=10**6)
     """Blocks that are trained at the same time from the same model (Jacobi); 1 is strictly one
     after another."""
@@ -136,7 +136,7 @@ class CentralCyclicConfig(MethodSettings):
     """Number of decoder layers in a block."""
     num_blocks: int | None = Field(None, ge=1, le=10**6)
     """Number of blocks of about equal size, instead of `layers_per_block`; layers and `extra` are
-    cut between attention and MLP too."""
+    cut between matrices too."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

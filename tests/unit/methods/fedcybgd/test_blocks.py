@@ -115,9 +115,9 @@ def test_a_number_of_blocks_has_the_smallest_largest_block(family: str, count: i
         first.layers[-1:] <= second.layers[:1] or not second.layers
         for first, second in pairwise(parts.blocks)
     )
-    layers = (name.removeprefix(parts.prefix).split(".") for name in layout.names)
-    modules = {(words[0], words[1]) for words in layers if words[0].isdigit()}
-    most = len(modules) + 2
+    layers = (name.removeprefix(parts.prefix).split(".")[:-1] for name in layout.names)
+    matrices = {tuple(words[:3]) for words in layers if words[0].isdigit()}
+    most = len(matrices) + 2
     ordered = partition(layout, extra=("embeddings", "norm"), num_blocks=most).blocks
     limit = max(block.numel for block in parts.blocks)
     assert _filled([block.numel for block in ordered], limit) <= count
@@ -149,27 +149,48 @@ def test_as_many_blocks_as_layers_of_nothing_else_are_the_layers() -> None:
 
 
 def test_norms_stand_beside_what_they_normalise() -> None:
-    layout = layout_of("llama")
-    cut = partition(layout, num_blocks=48).blocks[:4]
-    assert [next(iter(block.layout.names)).split(".")[3] for block in cut] == [
+    assert leaves("llama", 9) == [
         "input_layernorm",
-        "self_attn",
+        "self_attn.k_proj",
+        "self_attn.o_proj",
+        "self_attn.q_proj",
+        "self_attn.v_proj",
         "post_attention_layernorm",
-        "mlp",
+        "mlp.down_proj",
+        "mlp.gate_proj",
+        "mlp.up_proj",
     ]
-    gpt2 = partition(layout_of("gpt2"), num_blocks=48).blocks[:4]
-    words = [next(iter(block.layout.names)).split(".") for block in gpt2]
-    assert [next(each for each in name if each[:2] in ("ln", "at", "ml")) for name in words] == [
+    assert leaves("gpt2", 6) == [
         "ln_1",
-        "attn",
+        "attn.c_attn",
+        "attn.c_proj",
         "ln_2",
-        "mlp",
+        "mlp.c_fc",
+        "mlp.c_proj",
     ]
+
+
+def leaves(family: str, count: int) -> list[str]:
+    """Return the modules of the first layer, each a block of its own, where a layer has `count`."""
+    blocks = partition(layout_of(family), num_blocks=12 * count).blocks[:count]
+    return [block.name.removeprefix("layer 0 ") for block in blocks]
+
+
+def test_experts_stay_together() -> None:
+    layout = named(
+        **{
+            f"model__layers__{layer}__mlp__{leaf}__weight": (4, 4)
+            for layer in range(2)
+            for leaf in ("gate", "experts__0__up_proj", "experts__1__up_proj")
+        }
+    )
+    blocks = partition(layout, num_blocks=4).blocks
+    assert [block.numel for block in blocks] == [32, 16, 32, 16]
 
 
 def test_more_blocks_than_modules_are_refused() -> None:
-    with pytest.raises(ConfigError, match="num_blocks=49: the model has 48 modules"):
-        partition(layout_of("llama"), num_blocks=49)
+    with pytest.raises(ConfigError, match="num_blocks=109: the model has 108 modules"):
+        partition(layout_of("llama"), num_blocks=109)
 
 
 def test_a_number_of_blocks_goes_with_no_other_cut() -> None:
