@@ -17,6 +17,8 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.export import export_run
 from fluvial.runs.run import Run, execute
+from fluvial.training.config import TrainConfig
+from fluvial.training.stepper import Stepper
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import digest
 from tests.support import ROOT
@@ -37,6 +39,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": {
             "name": "fedpipe",
             "probe_steps": 3,
+            "learning_rate_by_batch": "constant",
             "budgets": [
                 {"site": site, "tokens_s": speed}
                 for site, speed in {"north": 4000.0, "south": 2000.0, "west": 1000.0}.items()
@@ -63,8 +66,29 @@ def table(request: pytest.FixtureRequest, run_config: dict[str, Any]) -> dict[st
     )
 
 
-def test_a_run_ends_with_a_result(table: dict[str, Any], tmp_path: Path) -> None:
-    result = run_table(table, tmp_path / "run")
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The peak learning rate of every optimizer that the test makes."""
+    seen = []
+    begin = Stepper.__init__
+
+    def watched(self: Stepper, trained: Any, config: TrainConfig, **rest: Any) -> None:
+        seen.append(config.learning_rate)
+        begin(self, trained, config, **rest)
+
+    monkeypatch.setattr(Stepper, "__init__", watched)
+    return seen
+
+
+def test_a_run_ends_with_a_result(
+    table: dict[str, Any], rates: list[float], tmp_path: Path
+) -> None:
+    """Its learning rate decays over the rounds; pre-training and probes have the whole."""
+    decaying = table["train"] | {"round_scheduler_type": "linear"}
+    result = run_table(table | {"train": decaying}, tmp_path / "run")
+    whole = table["train"]["learning_rate"]
+    assert rates == sorted(rates, reverse=True)
+    assert set(rates) == {whole, whole / 2}
     assert result["method"] == table["method"]["name"]
     for kind in ("adapter", "model"):
         assert (result[f"{kind}_sha256"] is None) == (not (tmp_path / "run" / kind).exists())

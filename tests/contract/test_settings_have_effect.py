@@ -107,6 +107,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "gradient_accumulation_steps": 2,
             "max_steps": 2,
             "lr_scheduler_type": "constant",
+            "round_scheduler_type": "linear",
             "warmup_ratio": 0.5,
             "warmup_steps": 2,
             "weight_decay": 1.0,

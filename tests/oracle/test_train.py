@@ -257,6 +257,18 @@ def test_learning_rate_schedule(kind: Any, warmup: float, expected: list[float])
     assert [learning_rate_share(step, 4, config) for step in range(4)] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_decays_over_rounds_are_those_of_transformers(kind: Any) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    share = get_scheduler(kind, optimizer, num_warmup_steps=0, num_training_steps=5).lr_lambdas[0]
+    config = TrainConfig(learning_rate=1.0, round_scheduler_type=kind)
+    rates = [config.in_round(round, 5).learning_rate for round in range(1, 6)]
+    assert rates == pytest.approx([share(done) for done in range(5)])
+    assert TrainConfig().in_round(3, 5) == TrainConfig()
+
+
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("kind", ["linear", "cosine", "constant_with_warmup", "inverse_sqrt"])
 def test_schedules_are_those_of_transformers(kind: Any, warmup: int) -> None:

@@ -171,6 +171,8 @@ def train_locally(
     settings = (settings or site.train).model_copy(
         update={"per_device_train_batch_size": assignment.batch}
     )
+    if purpose == "train":
+        settings = settings.in_round(round, site.rounds)
     stream = (site.seed, purpose, round, site.name)
     job = Job(received, factors, examples, settings, assignment, stream)
     start = pool.weights(received, assignment)

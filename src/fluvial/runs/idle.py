@@ -43,7 +43,10 @@ def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str
     A run may be a short trial of a longer one. Methods are compared by one file, and not all of
     them read public text. A file for many machines names their sites.
     """
-    for place, why in _chosen(config, planned.later):
+    later = dict(planned.later)
+    if config.rounds == 1:
+        later["train.round_scheduler_type"] = "it has 1 round, which has the whole learning rate"
+    for place, why in _chosen(config, later):
         yield f"{place}: without effect in this run, because {why}"
 
     yield from planned.remarks()

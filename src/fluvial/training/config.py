@@ -27,6 +27,9 @@ class TrainConfig(Settings):
     ] = "linear"
     """Decay of the learning rate after the warm-up; "constant" has the warm-up that is set, as
     "constant_with_warmup"."""
+    round_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay of the learning rate over the rounds of the run, beside the schedule of each round: in
+    round r of R the peak has the share 1 - (r - 1) / R, or half a cosine of it."""
     warmup_ratio: float = Field(0.0, ge=0, lt=1)
     """Share of the steps in which the learning rate rises."""
     warmup_steps: int = Field(0, ge=0, le=10**9)
@@ -66,6 +69,19 @@ class TrainConfig(Settings):
     def logical_batch(self) -> int:
         """Sequences of one optimizer step."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    def in_round(self, round: int, rounds: int) -> "TrainConfig":
+        """Return the settings of `round` (from 1) of `rounds`, with its own learning rate."""
+        done = (round - 1) / rounds
+        match self.round_scheduler_type:
+            case "constant":
+                return self
+            case "linear":
+                share = 1.0 - done
+            case "cosine":
+                share = 0.5 * (1 + math.cos(math.pi * done))
+
+        return self.model_copy(update={"learning_rate": self.learning_rate * share})
 
     def warmup(self, steps: int) -> int:
         """Return the steps of warm-up in a round of `steps`."""

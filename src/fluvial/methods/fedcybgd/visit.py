@@ -84,7 +84,8 @@ def visit(site: Site, message: Payload) -> Payload:
 
     block = parts.blocks[index]
     examples = site.load().train
-    settings = site.train.model_copy(update={"learning_rate": site.train.learning_rate * rate})
+    settings = site.train.in_round(round, site.rounds)
+    settings = settings.model_copy(update={"learning_rate": settings.learning_rate * rate})
     report = _tuned(
         site, received, settings, index, round, visits, block.layout.names, hold=config.hold
     )

@@ -67,7 +67,7 @@ class ClientBatch:
         self._state = state
         self._message = message
         self._memories = memories
-        self._ends = SharedEnds(setting, state)
+        self._ends = SharedEnds(setting, state, round=round)
         self._visits: dict[str, Visit] = {}
         self._turns: dict[str, deque[Turn[Heard]]] = {}
         """Turns that wait for an answer, of each site that has any."""
@@ -97,7 +97,8 @@ class ClientBatch:
         self._attendance = Attendance(self._fleet, len(sites), setting.config.step_deadline_s)
 
         with setting.parts.part(middle, trainable=True, checkpointing=checkpointing) as part:
-            self._middle = Middle(part, names, setting.train, steps=1, start=start)
+            train = setting.train_in(self._round)
+            self._middle = Middle(part, names, train, steps=1, start=start)
             seed = setting.context.seed
             rounding = generator(seed, "rounding at the server", self._round)
             self._coding = Coding.of(setting.config, part, rounding)

@@ -130,7 +130,7 @@ class Replica:
         coding = Coding.of(setting.config, part, rounding)
 
         self._visit = _Visit(
-            Middle(part, names, setting.train, steps=turn.steps, start=start),
+            Middle(part, names, setting.train_in(self._round), steps=turn.steps, start=start),
             coding,
             start,
             dropout_seed,

@@ -46,6 +46,10 @@ class Setting:
         """The settings of training."""
         return self.context.train
 
+    def train_in(self, round: int) -> TrainConfig:
+        """Return the settings of training in one round, with the learning rate that it has."""
+        return self.train.in_round(round, self.context.rounds)
+
     @cached_property
     def longest(self) -> int | None:
         """Tokens that the model reads at most; None without a limit."""

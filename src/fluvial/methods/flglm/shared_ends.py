@@ -11,14 +11,14 @@ from fluvial.wire.tensors import Named
 class SharedEnds:
     """The layers that the sites share: the server makes the steps that the sites make."""
 
-    def __init__(self, setting: Setting, state: Named) -> None:
-        """Begin with their values in `state`, that of the whole model."""
+    def __init__(self, setting: Setting, state: Named, *, round: int) -> None:
+        """Begin `round` with their values in `state`, that of the whole model."""
         self.start = {name: state[name] for name in setting.shared.names}
         self._parameters = {
             name: nn.Parameter(tensor.clone()) for name, tensor in self.start.items()
         }
         self._codec = Identity.of(stepper_layout(setting.shared, setting.train))
-        self._stepper = Stepper(self._parameters, setting.train, steps=1)
+        self._stepper = Stepper(self._parameters, setting.train_in(round), steps=1)
 
     def step(self, number: int, gradients: Named, factor: float) -> None:
         """Make step `number` with the sites' summed gradients."""

@@ -321,7 +321,8 @@ def train(site: Site, message: Payload) -> Talk:
     with pool.part(state, trainable=True, checkpointing=site.train.gradient_checkpointing) as part:
         tuned = places.ends.names
         front = [name for name in tuned if places.place(name) == "front"]
-        ends = Ends(part, tuned, site.train, front=front, steps=steps, start=start)
+        train = site.train.in_round(round, site.rounds)
+        ends = Ends(part, tuned, train, front=front, steps=steps, start=start)
         coding = Coding.of(config, part, generator(site.seed, "rounding", round, site.name))
         memory = SiteMemory.begin(site, message, coding, examples)
         visit = _Visit(
