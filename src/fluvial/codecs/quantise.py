@@ -32,17 +32,20 @@ def bf16(
 ) -> NDArray[np.uint16]:
     """Return bf16 bit patterns of finite `values`, rounded to nearest even or away from zero; never
     to Inf."""
-    bits = np.clip(values, *_FP32).astype(np.float32).view(np.uint32)
-    magnitude = bits & 0x7FFFFFFF
-    magnitude = magnitude + (0xFFFF if rounding == "up" else 0x7FFF + ((magnitude >> 16) & 1))
-    rounded = np.minimum(magnitude >> 16, _BF16_MAX)
+    bits = np.clip(values, *_FP32).astype(np.float32, copy=False).view(np.uint32)
+    sign = (bits >> 16 & 0x8000).astype(np.uint16)
+    bits &= 0x7FFFFFFF
+    bits += 0xFFFF if rounding == "up" else (bits >> 16 & 1) + 0x7FFF
+    bits >>= 16
 
-    return cast(NDArray[np.uint16], ((bits >> 16) & 0x8000 | rounded).astype(np.uint16))
+    return cast(NDArray[np.uint16], sign | np.minimum(bits, _BF16_MAX).astype(np.uint16))
 
 
 def from_bf16(bits: NDArray[np.generic]) -> Floats:
     """Return fp32 values of bf16 bit patterns, exact."""
-    return cast(Floats, (bits.astype(np.uint32) << 16).view(np.float32))
+    wide = bits.astype(np.uint32)
+    wide <<= 16
+    return cast(Floats, wide.view(np.float32))
 
 
 def read_scales(reader: Reader, count: int) -> Floats:
@@ -102,11 +105,12 @@ class Identity(Codec):
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Return fp32, little endian."""
-        return to_numpy(vector).astype("<f4").tobytes()
+        return to_numpy(vector).astype("<f4", copy=False).tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
         """Invert `body`."""
-        return torch.from_numpy(reader.array("f4", self.layout.numel).astype(np.float32))
+        values = reader.array("f4", self.layout.numel)
+        return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 class BFloat16Settings(CodecSettings):
@@ -132,7 +136,7 @@ class BFloat16(Codec):
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Return bf16, little endian."""
-        return bf16(to_numpy(vector)).astype("<u2").tobytes()
+        return bf16(to_numpy(vector)).astype("<u2", copy=False).tobytes()
 
     def parse(self, reader: Reader) -> Tensor:
         """Invert `body`."""

@@ -19,12 +19,13 @@ OVERHEAD = 12
 
 _ROUNDS = 1 << 16
 _HEAD = struct.Struct("<BBHI")
+_CHECK = struct.Struct("<I")
 
 
 def seal(code: int, fingerprint: int, body: bytes, *, round: int = 0) -> bytes:
     """Return a frame around `body`."""
-    head = _HEAD.pack(VERSION, code, round % _ROUNDS, fingerprint) + body
-    return head + struct.pack("<I", zlib.crc32(head))
+    head = _HEAD.pack(VERSION, code, round % _ROUNDS, fingerprint)
+    return b"".join([head, body, _CHECK.pack(zlib.crc32(body, zlib.crc32(head)))])
 
 
 def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None) -> "Reader":
@@ -35,8 +36,9 @@ def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None
             f"frame of {len(wire)} bytes is shorter than its {OVERHEAD} bytes of header"
         )
 
+    whole = memoryview(wire)  # parts of it are no copies
     version, found, sent, layout = _HEAD.unpack_from(wire)
-    if zlib.crc32(wire[:-4]) != struct.unpack("<I", wire[-4:])[0]:
+    if zlib.crc32(whole[: -_CHECK.size]) != _CHECK.unpack(whole[-_CHECK.size :])[0]:
         raise WireError("frame: checksum does not match; it was damaged on the way")
     if version != VERSION:
         raise WireError(
@@ -62,14 +64,14 @@ def unseal(wire: bytes, code: int, fingerprint: int, *, round: int | None = None
             "again"
         )
 
-    return Reader(wire[_HEAD.size : -4])
+    return Reader(whole[_HEAD.size : -_CHECK.size])
 
 
 class Reader:
     """Reads a body from front to back; every read is checked against what is left."""
 
-    def __init__(self, body: bytes) -> None:
-        self._body = body
+    def __init__(self, body: bytes | memoryview) -> None:
+        self._body = memoryview(body)
         self._position = 0
 
     @property
@@ -78,15 +80,12 @@ class Reader:
         return len(self._body) - self._position
 
     def take(self, count: int) -> bytes:
-        """Return the next `count` bytes."""
-        if not 0 <= count <= self.left:
-            raise WireError(f"frame: {count} bytes wanted, {self.left} left")
-        self._position += count
-        return self._body[self._position - count : self._position]
+        """Return the next `count` bytes; a copy."""
+        return bytes(self._next(count))
 
     def number(self, form: str) -> int | float:
         """Return one little-endian number in `struct` notation, such as "I" or "f"."""
-        (value,) = struct.unpack("<" + form, self.take(struct.calcsize("<" + form)))
+        (value,) = struct.unpack("<" + form, self._next(struct.calcsize("<" + form)))
         assert isinstance(value, int | float)
         return value
 
@@ -95,7 +94,14 @@ class Reader:
         kind = np.dtype("<" + dtype)
         if count < 0:
             raise WireError(f"frame: negative count {count}")
-        return np.frombuffer(self.take(count * kind.itemsize), dtype=kind).copy()
+        return np.frombuffer(self._next(count * kind.itemsize), dtype=kind).copy()
+
+    def _next(self, count: int) -> memoryview:
+        """Return the next `count` bytes, without a copy."""
+        if not 0 <= count <= self.left:
+            raise WireError(f"frame: {count} bytes wanted, {self.left} left")
+        self._position += count
+        return self._body[self._position - count : self._position]
 
     def finish(self) -> None:
         """Raise `WireError` unless everything was read."""
