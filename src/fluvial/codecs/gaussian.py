@@ -19,6 +19,7 @@ Reals = NDArray[np.float32] | NDArray[np.float64]
 """Values to code; those in fp32 are computed with as fp64, without a copy where loops are
 compiled."""
 Ints = NDArray[np.int64]
+Levels = NDArray[np.int16]
 
 OCTAVE = 1500
 """Codes of a step per factor of 2."""
@@ -32,6 +33,10 @@ _LEVELS = 255
 _TOTAL = 1 << 22
 COARSEST = (1 << 24) // _CLASSES // 2 - 1
 FINEST = -COARSEST
+_PIECE = 1 << 16
+"""Values that the entropy coder gets at a time, because it needs memory for each."""
+_LARGEST_UNIT_FP32 = 2.0**80
+"""Step below which sums of values stay within fp32: a value has at most 256 steps."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class Blocks:
         for number, start, end in self._runs(classes):
             table = tables()[number]
             symbols = levels[start:end]
-            symbols += table.limit
+            symbols += np.int16(table.limit)
             coded.append((symbols, table.model))
 
         return head + entropy.encode_with(coded)
@@ -177,7 +182,7 @@ class Blocks:
 
     def _runs(self, classes: Ints) -> list[tuple[int, int, int]]:
         """Return the class, start and end of all values that are not silent; neighbours of one
-        class are one run."""
+        class are one run, or several where they are more than a piece."""
         edges = np.concatenate([[0], np.flatnonzero(np.diff(classes)) + 1, [len(classes)]])
         bounds = np.concatenate([[0], self._ends])[edges]
         runs = zip(
@@ -185,9 +190,10 @@ class Blocks:
         )
 
         return [
-            (int(number), int(start), int(end))
+            (int(number), piece, min(piece + _PIECE, int(end)))
             for number, start, end in runs
-            if number and end > start
+            if number
+            for piece in range(int(start), int(end), _PIECE)
         ]
 
     def excess(
@@ -231,8 +237,9 @@ class Blocks:
             self._expected(loudness, step - half) - self._expected(loudness, step + half), 1.0
         ) / (2 * half)
 
-    def decode(self, reader: Reader) -> Doubles:
-        """Return the values that `encode` coded, read to the end; raises `WireError`."""
+    def decode(self, reader: Reader, *, fp32: bool = False) -> Reals:
+        """Return the values that `encode` coded, read to the end, in fp64; with `fp32`, in fp32
+        unless sums of them would end where fp32 ends. Raises `WireError`."""
         step, centre = divmod(int.from_bytes(reader.take(3), "little"), _CLASSES)
         step += FINEST
 
@@ -241,14 +248,17 @@ class Blocks:
 
         stream = entropy.Stream(reader.take(reader.left))
         classes = stream.take(_class_frequencies(centre), len(self.sizes))
-        values = np.zeros(int(self.sizes.sum()))
+        unit = 2.0 ** (step / OCTAVE)
+        narrow = fp32 and unit < _LARGEST_UNIT_FP32
+        kind = np.float32 if narrow else np.float64
+        values = cast(Reals, np.zeros(int(self.sizes.sum()), kind))
 
         for number, start, end in self._runs(classes.astype(np.int64)):
             table = tables()[number]
-            values[start:end] = table.centroids.take(stream.take_with(table.model, end - start))
+            levels = (table.centroids * unit).astype(values.dtype)
+            values[start:end] = levels.take(stream.take_with(table.model, end - start))
 
         stream.finish()
-        values *= 2.0 ** (step / OCTAVE)
         return values
 
     def _expected(self, loudness: Doubles, step: int) -> float:
@@ -269,14 +279,12 @@ class Blocks:
         position = np.maximum(_CLASS * (loudness - step / OCTAVE) + _UNIT, 0)
         return np.minimum(np.rint(position), _CLASSES - 1).astype(np.int64)
 
-    def _quantise(
-        self, values: Reals, step: int, loudness: Doubles | None
-    ) -> tuple[Ints, NDArray[np.int32]]:
+    def _quantise(self, values: Reals, step: int, loudness: Doubles | None) -> tuple[Ints, Levels]:
         """Return the class of every block, level of every value."""
         classes = self._classes(values, step, loudness)
         return classes, self._levels(values, step, classes)
 
-    def _levels(self, values: Reals, step: int, classes: Ints) -> NDArray[np.int32]:
+    def _levels(self, values: Reals, step: int, classes: Ints) -> Levels:
         """Return the level of every value."""
         factor = 2.0 ** (-step / OCTAVE)
         limits = _limits()[classes]
@@ -284,7 +292,7 @@ class Blocks:
         if compiled.available():
             from fluvial.codecs import gaussian_compiled
 
-            made = np.empty(len(values), np.int32)
+            made = np.empty(len(values), np.int16)
             gaussian_compiled.quantise(values, factor, limits, self._ends, made)
             return made
 
@@ -295,7 +303,7 @@ class Blocks:
         np.minimum(levels, limits, out=levels)
         np.maximum(levels, np.negative(limits, out=limits), out=levels)
 
-        return levels.astype(np.int32)
+        return levels.astype(np.int16)
 
     def _counts(self, values: Reals, step: int, classes: Ints) -> Ints:
         """Return how often each magnitude of each class occurs (classes * 256,)."""
@@ -308,8 +316,8 @@ class Blocks:
             )
             return counts.ravel()
 
-        cells = np.abs(self._levels(values, step, classes))
-        cells += np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
+        cells = np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
+        cells += np.abs(self._levels(values, step, classes))
         return np.bincount(cells, minlength=_costs().size)
 
 

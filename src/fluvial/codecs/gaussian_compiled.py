@@ -13,7 +13,7 @@ Ints = NDArray[np.int64]
 
 @compiled
 def quantise(
-    values: Reals, factor: float, limits: Doubles, ends: Ints, levels: NDArray[np.int32]
+    values: Reals, factor: float, limits: Doubles, ends: Ints, levels: NDArray[np.int16]
 ) -> None:
     """Write `values` times `factor` as whole levels, within the limit of each block."""
     start = 0
@@ -21,7 +21,7 @@ def quantise(
         limit = limits[block]
         for index in range(start, ends[block]):
             level = np.rint(values[index] * factor)
-            levels[index] = np.int32(max(min(level, limit), -limit))
+            levels[index] = np.int16(max(min(level, limit), -limit))
         start = ends[block]
 
 

@@ -68,6 +68,41 @@ def test_compiled_rotations_are_those_of_torch(
     assert torch.allclose(rotation.inverse(x), inverse, rtol=0, atol=precision)
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+def test_rows_anywhere_in_a_vector_are_turned_in_place(
+    kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `forward` and `inverse` turn them, compiled or not; what lies between is left alone."""
+    x = torch.randn(50, dtype=kind, generator=torch.Generator().manual_seed(0))
+    starts = np.array([40, 3, 20])
+    rotation = Rotation(5, 3, 7)
+
+    for _ in ("compiled", "torch"):
+        turned = x.clone()
+        rotation.turn(turned, starts)
+        expected = x.clone()
+        rows = torch.stack([x[start : start + 7] for start in starts])
+        for start, row in zip(starts, rotation.forward(rows), strict=True):
+            expected[start : start + 7] = row
+        assert torch.equal(turned, expected)
+
+        rotation.turn(turned, starts, back=True)
+        assert torch.allclose(turned, x, rtol=0, atol=1e-6)
+        monkeypatch.setattr(compiled, "available", lambda: False)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_no_frame(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = gaussian(0, (1, 0.1, 1, 1e-3))
+    frame = hadamard(update).encode(update)
+    decoded = hadamard(update).decode(frame)
+    monkeypatch.setattr(compiled, "_cores", lambda: threads)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert hadamard(update).encode(update) == frame
+    again = hadamard(update).decode(frame)
+    assert all(torch.equal(decoded[name], again[name]) for name in decoded)
+
+
 def test_compiled_blocks_are_those_of_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("numba")
     random = np.random.default_rng(0)

@@ -7,6 +7,7 @@ RMS of each tensor.
 import struct
 from typing import ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,11 +49,10 @@ class Hadamard(RatedCodec):
         super().__init__(settings, layout)
         self._blocks = Blocks(layout.sizes)
         self._room = self.frame_size(settings, layout) - OVERHEAD
-        self._alike: dict[int, list[int]] = {}
-
-        for index, size in enumerate(layout.sizes):
-            if size:
-                self._alike.setdefault(size, []).append(index)
+        sizes = np.array(layout.sizes, dtype=np.int64)
+        starts = np.cumsum(sizes) - sizes
+        self._alike = {int(size): starts[sizes == size] for size in np.unique(sizes[sizes > 0])}
+        """First values of all tensors of each size, by rising size."""
 
     @classmethod
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
@@ -63,33 +63,20 @@ class Hadamard(RatedCodec):
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""
         seed %= 1 << 32
-        rotated = self._rotate(vector, seed, back=False)
+        least, most = torch.aminmax(vector)
+        large = max(-float(least), float(most)) > LARGEST_FP32 / 2**32
+        rotated = vector.double() if large else vector.clone()  # sums end where fp32 ends
+        self._rotate(rotated, seed)
         return struct.pack("<I", seed) + self._blocks.encode(rotated.numpy(), self._room - 4)
 
     def parse(self, reader: Reader) -> Tensor:
         """Decode a body into a vector (numel,); see `Codec.parse`."""
         seed = int(reader.number("I"))
-        values = self._rotate(torch.from_numpy(self._blocks.decode(reader)), seed, back=True)
-        return values.clamp(-LARGEST_FP32, LARGEST_FP32).float()
+        values = torch.from_numpy(self._blocks.decode(reader, fp32=True))
+        self._rotate(values, seed, back=True)
+        return values.clamp_(-LARGEST_FP32, LARGEST_FP32).float()
 
-    def _rotate(self, vector: Tensor, seed: int, *, back: bool) -> Tensor:
-        """Return every tensor rotated; in fp32, unless sums would end where fp32 ends."""
-        least, most = torch.aminmax(vector)
-        large = max(-float(least), float(most)) > LARGEST_FP32 / 2**32
-        vector = vector.double() if large else vector.float()
-        rotated = torch.empty_like(vector)
-        sizes = list(self.layout.sizes)
-        pieces = torch.split(vector, sizes)
-        places = torch.split(rotated, sizes)
-
-        for number, size in enumerate(sorted(self._alike)):
-            alike = self._alike[size]
-            rotation = Rotation(seed + number, len(alike), size)
-            stacked = torch.stack([pieces[index] for index in alike])
-            turn = rotation.inverse if back else rotation.forward
-            turned = turn(stacked, overwrite=True)
-
-            for index, row in zip(alike, turned, strict=True):
-                places[index].copy_(row)
-
-        return rotated
+    def _rotate(self, vector: Tensor, seed: int, *, back: bool = False) -> None:
+        """Rotate every tensor in place."""
+        for number, (size, starts) in enumerate(self._alike.items()):
+            Rotation(seed + number, len(starts), size).turn(vector, starts, back=back)

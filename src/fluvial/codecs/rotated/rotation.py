@@ -9,6 +9,7 @@ from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fluvial.codecs import compiled
@@ -22,9 +23,12 @@ class Rotation:
     def __init__(self, seed: int, rows: int, size: int) -> None:
         self._half, self._power = size // 2, 1 << size.bit_length() - 1
         kinds = 1 if size == self._power else 2
-        words = np.random.PCG64(seed).random_raw(-(-kinds * rows * size // 64)).astype("<u8")
-        bits = np.unpackbits(words.view(np.uint8), count=kinds * rows * size).view(np.int8)
-        signs = torch.from_numpy(1 - 2 * bits).view(kinds, rows, size)
+        words = np.random.PCG64(seed).random_raw(-(-kinds * rows * size // 64))
+        drawn = words.astype("<u8", copy=False).view(np.uint8)
+        bits = np.unpackbits(drawn, count=kinds * rows * size).view(np.int8)
+        bits *= -2
+        bits += 1
+        signs = torch.from_numpy(bits).view(kinds, rows, size)
         self._before = signs[0]
         self._between = signs[-1]
 
@@ -54,22 +58,41 @@ class Rotation:
         x = torch.cat([_hadamard(z[:, : self._power]), z[:, self._power :]], dim=1)
         return self._butterfly(x).mul(self._before)
 
+    def turn(self, vector: Tensor, starts: NDArray[np.int64], *, back: bool = False) -> None:
+        """Rotate in place the rows of a vector (numel,), fp64 or fp32, that begin at `starts`
+        (rows,); with `back`, undo that."""
+        if compiled.available():
+            self._loop(vector, starts, back=back)
+            return
+
+        size = self._before.shape[1]
+        rows = [vector[start : start + size] for start in starts.tolist()]
+        turned = self.inverse(torch.stack(rows)) if back else self.forward(torch.stack(rows))
+        for row, value in zip(rows, turned, strict=True):
+            row.copy_(value)
+
     def _compiled(self, x: Tensor, *, back: bool, overwrite: bool) -> Tensor:
-        """Do what `forward` or `inverse` does by loops, in place."""
+        """Do what `forward` or `inverse` does by loops."""
+        turned = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
+        rows, size = turned.shape
+        self._loop(turned.view(-1), size * np.arange(rows), back=back)
+        return turned
+
+    def _loop(self, vector: Tensor, starts: NDArray[np.int64], *, back: bool) -> None:
+        """Do what `turn` does by loops."""
         from fluvial.codecs.rotated import rotation_compiled
 
-        turned = x.contiguous() if overwrite else x.clone(memory_format=torch.contiguous_format)
-        rows = turned.numpy()
-        scales = np.array([self._power**-0.5, 0.5**0.5], dtype=rows.dtype)
+        values = vector.numpy()
+        scales = np.array([self._power**-0.5, 0.5**0.5], dtype=values.dtype)
         before = self._before.numpy()
         between = self._between.numpy()
         turn = rotation_compiled.inverse if back else rotation_compiled.forward
 
         def work(start: int, stop: int) -> None:
-            turn(rows[start:stop], before[start:stop], between[start:stop], self._power, scales)
+            rows = slice(start, stop)
+            turn(values, starts[rows], before[rows], between[rows], self._power, scales)
 
-        compiled.over_cores(work, len(rows))
-        return turned
+        compiled.over_cores(work, len(starts))
 
     def _butterfly(self, x: Tensor) -> Tensor:
         """Return the sums and differences of the halves, so that both have the same energy; its own

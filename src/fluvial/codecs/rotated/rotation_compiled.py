@@ -12,17 +12,20 @@ from fluvial.codecs.compiled import compiled
 
 Numbers = NDArray[np.float32] | NDArray[np.float64]
 Signs = NDArray[np.int8]
+Ints = NDArray[np.int64]
 
 _CACHED = 1 << 15
 """Numbers of a piece; 256 KiB in fp64."""
 
 
 @compiled
-def forward(x: Numbers, before: Signs, between: Signs, power: int, scales: Numbers) -> None:
-    """Rotate every row of x (rows, size), with signs (rows, size); `scales` (2,) are power^-1/2 and
-    2^-1/2 in the type of x."""
-    for number in range(len(x)):
-        row = x[number]
+def forward(
+    x: Numbers, starts: Ints, before: Signs, between: Signs, power: int, scales: Numbers
+) -> None:
+    """Rotate the rows of x (numel,) that begin at `starts` (rows,), with signs (rows, size);
+    `scales` (2,) are power^-1/2 and 2^-1/2 in the type of x."""
+    for number in range(len(starts)):
+        row = x[starts[number] : starts[number] + before.shape[1]]
         _flip(row, before[number])
 
         if len(row) > power:
@@ -35,10 +38,12 @@ def forward(x: Numbers, before: Signs, between: Signs, power: int, scales: Numbe
 
 
 @compiled
-def inverse(x: Numbers, before: Signs, between: Signs, power: int, scales: Numbers) -> None:
+def inverse(
+    x: Numbers, starts: Ints, before: Signs, between: Signs, power: int, scales: Numbers
+) -> None:
     """Undo `forward`."""
-    for number in range(len(x)):
-        row = x[number]
+    for number in range(len(starts)):
+        row = x[starts[number] : starts[number] + before.shape[1]]
 
         if len(row) > power:
             _hadamard(row[len(row) - power :], scales)

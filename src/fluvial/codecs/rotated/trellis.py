@@ -93,7 +93,7 @@ class Trellis(RatedCodec):
         seed %= 1 << 32
         device = None if vector.device.type == "cpu" else vector.device
         groups = self._parted(vector.cpu())
-        top, lower = _loudness(groups)
+        top, lower = _loudness(groups, self._sizes)
         bits = self._allocate(lower)
         paths = []
         product = 0.0
@@ -129,7 +129,7 @@ class Trellis(RatedCodec):
 
         One group at a time is held in fp64, so that memory does not grow with the update.
         """
-        values = rotate(_doubles(tensors), seed).numpy()
+        values = rotate(torch.cat(tensors), seed).numpy()
         path, decoded = search(values, count, self.settings.memory, scale=scale, device=device)
         return path, float(values @ decoded), float(decoded @ decoded)
 
@@ -160,10 +160,9 @@ class Trellis(RatedCodec):
                 unit = follow(bits[end - plan.total : end], plan, self.settings.memory)
                 unit *= gain / _GAIN * 2.0 ** ((top - int(low)) / _OCTAVE)
                 values = rotate(torch.from_numpy(unit), seed + number, back=True)
-                values = values.clamp_(-3e38, 3e38).float()
-                sizes = [len(tensor) for tensor in tensors]
-
-                for tensor, piece in zip(tensors, torch.split(values, sizes), strict=True):
+                values.clamp_(-3e38, 3e38)
+                pieces = torch.split(values, [tensor.numel() for tensor in tensors])
+                for tensor, piece in zip(tensors, pieces, strict=True):
                     tensor.copy_(piece)
 
         return vector
@@ -210,11 +209,11 @@ def _groups(layout: Layout) -> tuple[dict[object, int], list[int]]:
     return numbers, owner
 
 
-def _loudness(groups: list[list[Tensor]]) -> tuple[int, NDArray[np.int64]]:
+def _loudness(
+    groups: list[list[Tensor]], sizes: NDArray[np.int64]
+) -> tuple[int, NDArray[np.int64]]:
     """Code of the loudest group's RMS, and how far below it each group is; a rotation keeps it."""
-    rms = np.array(
-        [float(np.sqrt(_energy(values) / max(sum(map(len, values)), 1))) for values in groups]
-    )
+    rms = np.sqrt(np.array([_energy(values) for values in groups]) / np.maximum(sizes, 1))
     if not rms.any():
         return 0, np.full(len(rms), _SILENT, dtype=np.int64)
     top = int(np.clip(np.rint(_OCTAVE * np.log2(rms.max())), -126 * _OCTAVE, 126 * _OCTAVE))
@@ -227,28 +226,25 @@ def _energy(tensors: list[Tensor]) -> float:
     return math.fsum(float(values @ values) for values in (each.double() for each in tensors))
 
 
-def _doubles(tensors: list[Tensor]) -> Tensor:
-    """Return 1-D tensors one after another, fp64."""
-    values = torch.empty(sum(map(len, tensors)), dtype=torch.float64)
-    for part, tensor in zip(torch.split(values, [*map(len, tensors)]), tensors, strict=True):
-        part.copy_(tensor)
-    return values
-
-
 def rotate(values: Tensor, seed: int, *, back: bool = False) -> Tensor:
-    """Return a random rotation of (n,), fp64, in rows that each hold a sample of everything; the
-    memory of `values` may be used."""
-    if not len(values):
+    """Return a random rotation of `values` (n,), in fp64, by rows that each hold a sample of
+    everything; or with `back` its inverse, in fp32, for which `values` are overwritten."""
+    size = values.numel()
+    if not size:
         return values
 
-    rows = -(-len(values) // _ROW)
-    even = len(values) // rows * rows
+    rows = -(-size // _ROW)
+    even = size // rows * rows  # the values behind these are not rotated
     rotation = Rotation(seed, rows, even // rows)
+    starts = np.arange(rows) * (even // rows)
+    turned = torch.empty(size, dtype=torch.float32 if back else torch.float64)
+    turned[even:] = values[even:]
 
     if back:
-        turned = rotation.inverse(values[:even].view(rows, -1), overwrite=True).T.reshape(-1)
+        rotation.turn(values, starts, back=True)
+        turned[:even].view(-1, rows).copy_(values[:even].view(rows, -1).T)
     else:
-        x = values[:even].view(-1, rows).T.contiguous()
-        turned = rotation.forward(x, overwrite=True).reshape(-1)
+        turned[:even].view(rows, -1).copy_(values[:even].view(-1, rows).T)
+        rotation.turn(turned, starts)
 
-    return torch.cat([turned, values[even:]]) if even < len(values) else turned
+    return turned
