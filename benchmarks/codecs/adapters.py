@@ -1,13 +1,16 @@
 """Bytes to the target where each scheme chooses what is tuned and how often it is sent.
 
     python -m benchmarks.codecs adapters [--cell NAME ...] [--contender TEXT ...] [--minutes M]
-        [--cache FILE.jsonl] [--processes N] [--quick] [--out FILE.json]
+        [--cache FILE.jsonl] [--processes N] [--seeds N] [--look] [--quick] [--out FILE.json]
 
-Bed, target and bytes are those of `bytes_to_target`. Each scheme has every adapter of `ADAPTERS`,
-and once or four times the local steps; of these, and of the learning rates, the choice with the
-fewest bytes up to the target on seed 0 is the scheme's own. It then runs with all seeds. So every
-scheme is tuned by the same rule, and over the same choices. A scheme that does not reach the target
-takes the choice with the lowest last loss. `r 8, attention` is the adapter that people use today.
+Bed, target and bytes are those of `bytes_to_target`. Every scheme is tuned by the same rule, on
+seed 0: first its adapters at the middle learning rate, then four times the local steps in half of
+the rounds for the best of them, then the other learning rates for the better of the two. Best is
+what needs the fewest bytes up to the target, or what has the lowest last loss where nothing reaches
+it. This choice then runs with all seeds. "common adapter" is the same search for ours with nothing
+but `r 8, attention`, the adapter that people use today, which `bytes_to_target` gives all others.
+With one seed and one learning rate a run ends at the target. `--look` leaves the search to ours:
+every other scheme has the first of its adapters, once the steps, and no other learning rate.
 """
 
 import argparse
@@ -15,7 +18,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,20 @@ from benchmarks.codecs.figures import bytes_until, first_round
 from benchmarks.report import Claim, Report, Row, show
 
 ADAPTERS: dict[str, Table] = {
-    "r 8, attention": {},
-    "r 2, all linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
     "r 1, all linear": {"r": 1, "lora_alpha": 2, "target_modules": "all-linear"},
-    "r 4, q and v": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+    "r 2, all linear": {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"},
 }
 """Adapters by name; alpha is twice the rank in all."""
-STEPS = (1, 4)
-"""Times the local steps of a round."""
+SQUARE: dict[str, Table] = {
+    "r 32, all linear": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
+    "r 8, all linear": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
+    "r 8, attention": {"r": 8, "lora_alpha": 8},
+}
+"""Adapters of Fed-SB, which sends r x r values of a module, at the scale of its authors."""
+COMMON: dict[str, Table] = {"r 8, attention": {}}
+"""The adapter that people use today."""
+MORE_STEPS = 4
+"""Times the local steps of a round, beside once."""
 
 
 def _with_feedback(codec: str, **more: Any) -> Table:
@@ -60,23 +69,48 @@ SCHEMES = (
         _with_feedback("int4"),
         method={"name": "fedavg", "server_momentum": 0.9, "server_learning_rate": 0.7},
     ),
+    Contender("Fed-SB", "published", method={"name": "fedsb"}),
+    Contender("Fed-SB, int4 + EF", "assembled", _with_feedback("int4"), method={"name": "fedsb"}),
+    Contender(
+        "FedSA-LoRA, own B, trellis 1/64 + EF",
+        "assembled",
+        _with_feedback("trellis", rate=64),
+        method={"name": "fedsa"},
+    ),
     Contender("flasc", "published", method={"name": "flasc"}),
     Contender("ecolora", "published", method={"name": "ecolora"}),
 )
 """Schemes for an update; the first defines the target, with the adapter and the steps of all."""
 
 
-def choices(scheme: Contender) -> list[Contender]:
-    """Return a scheme with each adapter and each number of steps."""
+def adapters(scheme: Contender, tables: dict[str, Table]) -> list[Contender]:
+    """Return a scheme with each of these adapters, and once the local steps."""
     return [
-        replace(scheme, name=f"{scheme.name}; {name}; {times}x steps", lora=table, steps=times)
-        for times in STEPS
-        for name, table in ADAPTERS.items()
+        replace(scheme, name=f"{scheme.name}; {name}; 1x steps", lora=table)
+        for name, table in tables.items()
     ]
 
 
-def own_choice(found: Sequence[Found], target: float) -> Found:
-    """Return the choice with the fewest bytes up to `target` on seed 0, else the lowest loss."""
+def own_adapters(scheme: Contender) -> list[Contender]:
+    """Return a scheme with each adapter that it may choose."""
+    return adapters(scheme, SQUARE if scheme.method["name"] == "fedsb" else ADAPTERS)
+
+
+def narrowed(groups: Sequence[Sequence[Contender]]) -> list[list[Contender]]:
+    """Return groups for `--look`: ours as they are, of each other scheme the first adapter."""
+    return [list(group) if group[0].role == "ours" else [group[0]] for group in groups]
+
+
+def more_steps(choice: Contender) -> Contender:
+    """Return a choice with four times its local steps, in half of the rounds."""
+    scheme, adapter, _ = choice.name.split("; ")
+    name = f"{scheme}; {adapter}; {MORE_STEPS}x steps"
+    return replace(choice, name=name, steps=MORE_STEPS, rounds=0.5)
+
+
+def best(found: Sequence[Found], target: float) -> Contender | None:
+    """Return the choice with the fewest bytes up to `target` on seed 0, else the lowest loss; None
+    where nothing was measured."""
 
     def order(each: Found) -> tuple[bool, float]:
         rate = each.learning_rate
@@ -88,47 +122,81 @@ def own_choice(found: Sequence[Found], target: float) -> Found:
             return (True, run["loss"][-1])
         return (False, bytes_until(run, reached)["up"])
 
-    return min(found, key=order)
+    measured = [each for each in found if each.tuning]
+    return min(measured, key=order).contender if measured else None
+
+
+def middle(bed: Bed) -> tuple[float, ...]:
+    """Return the middle learning rate of a bed."""
+    return bed.learning_rates[len(bed.learning_rates) // 2 :][:1]
+
+
+@dataclass(frozen=True)
+class Search:
+    """The search for the choice of every scheme in one cell."""
+
+    pool: Executor
+    job: Job
+    report: Report
+    target: float
+    look: bool
+    """True gives no choice to schemes that are not ours."""
+
+    def choices(self, waiting: Sequence[Sequence[Contender]]) -> list[Contender]:
+        """Return the choice of each list: the best contender, then the better number of steps."""
+        chosen = self._bests(narrowed(waiting) if self.look else waiting)
+        return self._bests(
+            [
+                [each] if self.look and each.role != "ours" else [each, more_steps(each)]
+                for each in chosen
+            ]
+        )
+
+    def _bests(self, groups: Sequence[Sequence[Contender]]) -> list[Contender]:
+        """Return the best of each group at the middle learning rate, without unmeasured groups."""
+        tuning = replace(self.job.bed, seeds=0, learning_rates=middle(self.job.bed))
+        flat = [replace(self.job, contender=each, bed=tuning) for group in groups for each in group]
+        found = iter(run_all(self.pool, flat, self.report))
+        chosen = [best([next(found) for _ in group], self.target) for group in groups]
+        return [each for each in chosen if each is not None]
 
 
 def cell_rows(
-    pool: Executor, cell: str, schemes: Sequence[Contender], bed: Bed, job: Job, report: Report
+    pool: Executor,
+    cell: str,
+    schemes: Sequence[Contender],
+    bed: Bed,
+    job: Job,
+    report: Report,
+    *,
+    look: bool = False,
 ) -> list[Row]:
-    """Return a row for each scheme's own choice, and one for its choice with the common adapter."""
-    reference = run_all(pool, [replace(job, cell=cell, contender=SCHEMES[0], bed=bed)], report)[0]
+    """Return a row for each scheme's own choice, and one for the choice of ours with the common
+    adapter. With `look` the other schemes have one adapter, and once the local steps."""
+    here = replace(job, cell=cell, bed=bed)
+    reference = run_all(pool, [replace(here, contender=SCHEMES[0])], report)[0]
     if not reference.runs:
         return []
 
     target = reference.runs[0]["loss"][bed.target - 1]
-    tuning = replace(bed, seeds=0)
-    waiting = [
-        replace(job, cell=cell, contender=each, bed=tuning)
-        for scheme in schemes
-        for each in choices(scheme)
-    ]
-    tuned = run_all(pool, waiting, report)
-    by_scheme = {
-        scheme.name: [each for each in tuned if each.contender.name.startswith(f"{scheme.name};")]
-        for scheme in schemes
-    }
-    final: list[tuple[Contender, str]] = []
-    for found in by_scheme.values():
-        measured = [each for each in found if each.tuning]
-        if not measured:
-            continue
-        final.append((own_choice(measured, target).contender, "own"))
-        common = [each for each in measured if not each.contender.lora]
-        if common:
-            final.append((own_choice(common, target).contender, "common adapter"))
-
-    jobs = [replace(job, cell=cell, contender=each, bed=bed) for each, _ in final]
+    alone = bed.seeds == 1 and len(bed.learning_rates) == 1
+    here = replace(here, target=target if alone else None)
+    search = Search(pool, here, report, target, look)
     rows = []
-    for each, (contender, kind) in zip(run_all(pool, jobs, report), final, strict=True):
-        if not each.tuning:
-            continue
-        scheme, adapter, steps = contender.name.split("; ")
-        row = target_row(each, reference.runs, bed)
-        rows.append({**row, "scheme": scheme, "adapter": adapter, "steps": steps, "kind": kind})
+    common = [adapters(each, COMMON) for each in schemes if each.role == "ours"]
+    for kind, groups in (
+        ("own", [own_adapters(each) for each in schemes]),
+        ("common adapter", common),
+    ):
+        choices = search.choices(groups)
+        jobs = [replace(here, contender=each) for each in choices]
+        for each in run_all(pool, jobs, report):
+            if not each.tuning:
+                continue
+            scheme, adapter, steps = each.contender.name.split("; ")
+            row = target_row(each, reference.runs, bed)
+            rows.append({**row, "scheme": scheme, "adapter": adapter, "steps": steps, "kind": kind})
+
     return rows
 
 
@@ -166,8 +234,6 @@ COLUMNS = {
     "steps": "steps",
     "learning_rate": "lr",
     "seeds": "seeds",
-    "loss": "loss",
-    "excess": "excess",
     "reached": "reached",
     "rounds": "rounds",
     "bytes_up": "up",
@@ -189,6 +255,8 @@ def main() -> None:
     parser.add_argument(
         "--contender", action="append", default=[], help="only schemes with this text in their name"
     )
+    parser.add_argument("--seeds", type=int, help="seeds of each choice")
+    parser.add_argument("--look", action="store_true", help="only ours is tuned; see above")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after it")
     parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to")
     parser.add_argument("--processes", type=int, help="default: as many as cores")
@@ -198,6 +266,8 @@ def main() -> None:
     bed = (
         replace(QUICK, seeds=1, learning_rates=QUICK.learning_rates[:1]) if options.quick else FULL
     )
+    bed = replace(bed, seeds=options.seeds) if options.seeds else bed
+    bed = replace(bed, learning_rates=middle(bed)) if options.look else bed
     wanted = options.cell or (["stdlib"] if options.quick else list(CELLS))
     schemes = [
         each
@@ -205,7 +275,14 @@ def main() -> None:
         if not options.contender or any(text in each.name for text in options.contender)
     ]
     report = Report(
-        "adapters", {"quick": options.quick, "cells": wanted, "adapters": ADAPTERS, **settings(bed)}
+        "adapters",
+        {
+            "quick": options.quick,
+            "look": options.look,
+            "cells": wanted,
+            "adapters": ADAPTERS,
+            **settings(bed),
+        },
     )
     deadline = time.time() + 60 * options.minutes
     job = Job(wanted[0], CONTENDERS[0], bed, options.cache, deadline)
@@ -215,7 +292,7 @@ def main() -> None:
             if not CORPORA[cell].present:
                 report.skip(f"{cell}: this checkout has no ../shared beside it")
                 continue
-            report.rows += cell_rows(pool, cell, schemes, bed, job, report)
+            report.rows += cell_rows(pool, cell, schemes, bed, job, report, look=options.look)
 
     report.claims = claims(report.rows)
     for cell in wanted:

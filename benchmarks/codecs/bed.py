@@ -50,9 +50,9 @@ def _texts(data: str, pool: ModelPool, seed: int) -> SiteTexts:
     return SiteTexts(DataConfig.model_validate_json(data), pool.tokenizer, seed=seed)
 
 
-def traced(config: RunConfig) -> Row:
+def traced(config: RunConfig, target: float | None = None) -> Row:
     """Held-out loss and bytes of all sites, round by round; a run that was refused or stopped says
-    why.
+    why. With `target`, the run ends where its loss is that or less.
 
     `up` and `down` are of training, `setup` of everything else (snapshots, installing a codec): one
     figure before round 1, then one for each round. Bytes of measuring are left out.
@@ -71,7 +71,7 @@ def traced(config: RunConfig) -> Row:
             with shared_snapshots(config):
                 run = Run(config, place, pool, texts)
                 for event in run.events():  # the rounds, and not what a run does at its end
-                    if event.kind == "round" and event.values["round"] == config.rounds:
+                    if event.kind == "round" and _ended(event.values, config.rounds, target):
                         break
         except (GateError, DivergenceError, ClientError) as error:
             return {"stopped": f"{type(error).__name__}: {error}"[-300:]}
@@ -89,6 +89,12 @@ def traced(config: RunConfig) -> Row:
         "seconds": time.perf_counter() - since,
         "cpu_s": time.process_time() - busy,
     }
+
+
+def _ended(values: Row, rounds: int, target: float | None) -> bool:
+    """Return whether a round is the last that is needed."""
+    reached = target is not None and float(values["heldout_loss_pooled"]) <= target
+    return reached or int(values["round"]) == rounds
 
 
 def _by_purpose(by_site: dict[str, dict[str, int]]) -> dict[str, int]:
@@ -155,6 +161,8 @@ class Job:
     """Nothing is begun after this, in seconds of `time.time`."""
     fresh: bool = False
     """Take no result of another state of the package."""
+    target: float | None = None
+    """Loss at which a run ends; None for the whole run."""
 
 
 @dataclass
@@ -208,11 +216,13 @@ def compete(job: Job) -> Found:
 def _one(job: Job, learning_rate: float, seed: int) -> Row | None:
     config = resolve(job.cell, job.contender, job.bed, learning_rate=learning_rate, seed=seed)
     cache = _cache(job.cache)
-    key = Cache.key(config)
-    known = cache.find(key, fresh=job.fresh)
+    whole = Cache.key(config)
+    key = whole if job.target is None else f"{whole}, until {job.target!r}"
+    for each in (whole, key):
+        known = cache.find(each, fresh=job.fresh)
+        if known is not None:
+            return known
 
-    if known is not None:
-        return known
     if time.time() >= job.deadline:
         return None
 
@@ -222,7 +232,7 @@ def _one(job: Job, learning_rate: float, seed: int) -> Row | None:
         "learning_rate": learning_rate,
         "seed": seed,
     }
-    return cache.add(key, {**described, **traced(config)})
+    return cache.add(key, {**described, **traced(config, job.target)})
 
 
 def settings(bed: Bed) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from benchmarks.cgfedllm.bed import CORPORA, Table
 from fluvial.codecs import must_learn
 from fluvial.errors import ConfigError
+from fluvial.methods import METHODS
 from fluvial.runs.config import RunConfig, parse
 
 SMALL = ("fairytales", "shakespeare", "mini_ops", "babi")
@@ -38,6 +39,8 @@ class Contender:
     """Settings of the adapter that differ from rank 8 on the attention."""
     steps: int = 1
     """Factor of the local steps of a round."""
+    rounds: float = 1
+    """Factor of the rounds."""
 
 
 def _coded(
@@ -149,11 +152,12 @@ def resolve(
     """Return the configuration of one run; raises `ConfigError` where the package lacks what the
     contender needs."""
     tables = CORPORA[cell].tables()
+    sample = {"sample_tokens": 1} if METHODS[contender.method["name"]].traits.exports else {}
     table: Table = {
         **tables,
         "data": tables["data"] | {"max_length": 128, "max_heldout": bed.heldout},
         "seed": seed,
-        "rounds": bed.rounds,
+        "rounds": round(contender.rounds * bed.rounds),
         "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0} | contender.lora,
         "train": {
             "learning_rate": learning_rate,
@@ -161,7 +165,7 @@ def resolve(
             "max_steps": contender.steps * bed.steps,
         },
         "method": contender.method,
-        "evaluate": {"every": 1, "sample_tokens": 1},
+        "evaluate": {"every": 1, **sample},
         "fleet": {"workers": 1},
     }
     table |= {"codec": contender.codec} if contender.codec is not None else {}

@@ -28,6 +28,8 @@ HONOURED = {
     "fedavg": {"weighted", "error_feedback", "downlink"},
     "cgfedllm": {"weighted", "error_feedback", "downlink"},
     "fedcybgd": {"error_feedback"},
+    "fedsa": {"error_feedback", "downlink"},
+    "fedsb": {"error_feedback", "downlink"},
     "flasc": set(),
     "ecolora": set(),
     "flglm": set(),

@@ -16,6 +16,7 @@ from fluvial.federation.bounds import BoundedReplies
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
+from fluvial.methods.fedsa import FedSaServer
 from fluvial.methods.local import LocalServer
 from fluvial.wire.payload import Payload, frame_payload
 from fluvial.wire.tensors import Named
@@ -30,6 +31,8 @@ TABLES: dict[str, dict[str, Any]] = {
     "fedavg full": {"tune": "full"},
     "error feedback": {"codec": {"name": "top_k", "rate": 8, "error_feedback": True}},
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    "fedsa": SETTINGS["fedsa"],
+    "fedsb": {"method": {"name": "fedsb"}},
     "flasc": {"method": {"name": "flasc"}},
     "ecolora": {"method": {"name": "ecolora", "segments": 2}},
     "fedcybgd": {"method": {"name": "fedcybgd"}},
@@ -175,6 +178,8 @@ def model_bytes(server: Any) -> bytes:
     """Return the bytes of the shared model, or of the state where each site keeps its own."""
     if isinstance(server, LocalServer):
         return server.state().to_bytes()
+    if isinstance(server, FedSaServer):
+        return Payload(server.shared).to_bytes()
 
     model = server.model()
     return b"".join(model[name].numpy().tobytes() for name in sorted(model))

@@ -32,8 +32,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "method": {"name": "cgfedllm", "tgap": {"rounds": 2}},
         "codec": {"name": "klt", "rate": 8, "error_feedback": True},
     },
-    # It writes no model, so it refuses settings of a sample.
+    # They write no model, so they refuse settings of a sample.
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    "fedsa": {"method": {"name": "fedsa"}, "evaluate": {}},
     # A plan follows from speeds, which are given here, so that every run has the same.
     "fedpipe": {
         "method": {

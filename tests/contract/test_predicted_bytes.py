@@ -44,6 +44,10 @@ FEDAVG: dict[str, dict[str, Any]] = {
     "trellis downlink": {"downlink": {"name": "trellis"}},
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "fedsa": SETTINGS["fedsa"],
+    "fedsa, int4 and int8 downlink": SETTINGS["fedsa"]
+    | {"codec": {"name": "int4"}, "downlink": {"name": "int8"}},
+    "fedsb": {"method": {"name": "fedsb"}},
     "flasc": {"method": {"name": "flasc"}},
     "flasc of weights": {
         "method": {"name": "flasc", "download": "weights", "density_down": 1.0, "values": "fp32"}

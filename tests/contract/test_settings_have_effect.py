@@ -64,6 +64,11 @@ QUICK: dict[str, tuple[Table, Any]] = {
         "always",
     ),
     "CentralConfig.factors": ({"method": {"name": "central"}}, "B"),
+    "FedSaConfig.fraction": (SETTINGS["fedsa"], FRACTION),
+    **{
+        f"FedSbConfig.{name}": ({"method": {"name": "fedsb"}}, value)
+        for name, value in {"fraction": FRACTION, "samples": 2, "first_step": 0.01}.items()
+    },
     **{
         f"FlascConfig.{name}": ({"method": {"name": "flasc"}}, value)
         for name, value in {
@@ -582,13 +587,17 @@ PLAIN_METHODS: dict[str, Table] = {
         "codec": {"name": "identity"},
     },
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    "fedsa": SETTINGS["fedsa"],
     "ecolora": {"method": {"name": "ecolora", "segments": 1}},
     "fedpipe": SETTINGS["fedpipe"],
 }
+LOCAL = frozenset({"local", "fedsa"})
+"""Methods that write no model."""
 FLOAT_BASES = frozenset(name for name in METHODS if not METHODS[name].traits.quantised)
 SHARED_SETTINGS: dict[str, Shared] = {
     "downlink.name": Shared(
-        {"downlink": {"name": "int8"}}, frozenset(METHODS) - {"fedavg", "cgfedllm", "fedpipe"}
+        {"downlink": {"name": "int8"}},
+        frozenset(METHODS) - {"fedavg", "cgfedllm", "fedpipe", "fedsa", "fedsb"},
     ),
     "downlink.feedback_decay": Shared(
         {"downlink": {"feedback_decay": 0.5}},
@@ -623,10 +632,8 @@ SHARED_SETTINGS: dict[str, Shared] = {
         base={"model": {"quantization": "nf4"}},
     ),
     "evaluate.every": Shared({"evaluate": {"every": 1}}),
-    "evaluate.sample_prompt": Shared(
-        {"evaluate": {"sample_prompt": "the river"}}, frozenset({"local"})
-    ),
-    "evaluate.sample_tokens": Shared({"evaluate": {"sample_tokens": 3}}, frozenset({"local"})),
+    "evaluate.sample_prompt": Shared({"evaluate": {"sample_prompt": "the river"}}, LOCAL),
+    "evaluate.sample_tokens": Shared({"evaluate": {"sample_tokens": 3}}, LOCAL),
 }
 """Settings of tables that all methods share. Those about machines and time (deadline_s,
 join_timeout_s, sites, threads, workers) are measured in tests/unit/federation and tests/flower."""

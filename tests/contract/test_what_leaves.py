@@ -222,6 +222,8 @@ EVERYDAY = [
         rounds=2,
     ),
     case("fedcybgd", {"name": "fedcybgd"}, "plain", MEASURES, tune="lora"),
+    case("fedsa", {"name": "fedsa"}, "plain", MEASURES, evaluate={}),
+    case("fedsb", {"name": "fedsb"}, "plain", MEASURES),
     case("flasc", {"name": "flasc"}, "plain", MEASURES),
     case("ecolora", {"name": "ecolora"}, "plain", MEASURES),
     case("fedpipe", {"name": "fedpipe", "probe_steps": 2}, "plain", WHOLE, MEASURES),

@@ -17,7 +17,13 @@ from fluvial.codecs.naming import configured_in
 from fluvial.errors import ConfigError, WireError
 from fluvial.exchange.coding import Plain
 from fluvial.exchange.difference import REFERENCE, Difference
-from fluvial.federation.sites import Factors, Site, adapter_message, read_adapter_message
+from fluvial.federation.sites import (
+    Sent,
+    Site,
+    adapter_message,
+    factor_layout,
+    read_adapter_message,
+)
 from fluvial.models.adapters import is_side
 from fluvial.models.states import initial_state
 from fluvial.seeds import derive
@@ -28,12 +34,18 @@ _SLOT = "received"
 """Slot of a site for the adapter that it received last."""
 
 
-def coded_layout(layout: Layout, factors: Factors) -> Layout:
+def coded_layout(layout: Layout, factors: Sent) -> Layout:
     """Return the layout of what a frame has, for sites that receive `layout`: not the frozen A of
     `factors` "B". A side path is frozen at the sites, but changes from round to round."""
-    if factors == "A and B":
+    if factors != "B":
         return layout
     return Layout(tuple(s for s in layout.shapes if is_side(s[0]) or factor(s[0]) != "A"))
+
+
+def received_layout(layout: Layout, factors: Sent) -> Layout:
+    """Return the layout of what sites receive, for an adapter of `layout`: not what each of them
+    keeps, which is its own B beside "A", and the fixed factors around "R"."""
+    return factor_layout(layout, factors) if factors in ("A", "R") else layout
 
 
 class Downlink:
@@ -45,11 +57,11 @@ class Downlink:
         settings: CodecSettings | None,
         seed: int,
         adapter: Named,
-        factors: Factors = "A and B",
+        factors: Sent = "A and B",
     ) -> None:
         """Begin with `adapter`, version 0, which every site makes from the seed.
 
-        `factors` are those that sites train.
+        `factors` are those that sites send.
         """
         self.seed = seed
         self.layout = Layout.of(adapter)
@@ -177,24 +189,25 @@ def _chosen(adapter: Named, names: Iterable[str]) -> Named:
     return {name: adapter[name] for name in names}
 
 
-def receive(site: Site, message: Payload, factors: Factors = "A and B") -> Named | None:
-    """Return, at a site that trains `factors`, the adapter that `message` brings, and keep it.
+def receive(site: Site, message: Payload, factors: Sent = "A and B") -> Named | None:
+    """Return, at a site that sends `factors`, the adapter that `message` brings, and keep it.
 
     Return None if it builds on a version that the site lacks.
     """
+    layout = received_layout(site.layout, factors)
     if site.downlink is None:
-        return read_adapter_message(message, site.layout)
+        return read_adapter_message(message, layout)
 
     version = message.whole("version", 0, site.rounds)
     if "base" not in message.values:
-        received = read_adapter_message(message, site.layout)
+        received = read_adapter_message(message, layout)
     else:
-        held = _held(site, message.whole("base", 0, site.rounds))
+        held = _held(site, layout, message.whole("base", 0, site.rounds))
         if held is None:
             return None
 
         received = held
-        coder = Difference(Plain(build(site.downlink, coded_layout(site.layout, factors))))
+        coder = Difference(Plain(build(site.downlink, coded_layout(layout, factors))))
         for frame in _split_frames(message):
             before = _chosen(received, coder.layout.names)
             received = received | coder.decode(frame, {REFERENCE: Payload(before)})
@@ -203,16 +216,16 @@ def receive(site: Site, message: Payload, factors: Factors = "A and B") -> Named
     return received
 
 
-def _held(site: Site, version: int) -> Named | None:
+def _held(site: Site, layout: Layout, version: int) -> Named | None:
     """Return the adapter of `version`, None where the site holds another or none."""
     if version == 0:
-        return initial_state(site.layout, site.seed)
+        return initial_state(layout, site.seed)
 
     stored = site.recall(_SLOT)
     if not stored.tensors or stored.value("version", int) != version:
         return None
 
-    site.layout.check(stored.tensors, "the adapter that the site keeps")
+    layout.check(stored.tensors, "the adapter that the site keeps")
     return stored.tensors
 
 

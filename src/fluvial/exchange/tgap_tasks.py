@@ -34,7 +34,7 @@ def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
     data = site.load().train
     examples = data if tgap.source == "public" else d1_of(data, tgap.share)
     update, report = train_locally(
-        site, received, round, examples=examples, factors=terms.factors, purpose="tgap"
+        site, received, round, examples=examples, factors=terms.trained, purpose="tgap"
     )
 
     if tgap.source == "sites-covariance":

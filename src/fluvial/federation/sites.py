@@ -17,6 +17,7 @@ from fluvial.federation.transfers import Transfers
 from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.generation import count_too_long
 from fluvial.models.pool import ModelPool
+from fluvial.models.square import square_name
 from fluvial.models.states import base_state, initial_state
 from fluvial.training.answer_scores import AnswerSums
 from fluvial.training.config import TrainConfig
@@ -27,6 +28,9 @@ from fluvial.wire.payload import FRAME, OWN_FILES, Payload, frame_payload, paylo
 from fluvial.wire.tensors import Layout, Named, factor, subtract
 
 Factors = Literal["A and B", "B"]
+"""Factors that a site trains."""
+Sent = Literal["A and B", "B", "A", "R"]
+"""Factors that a site sends; R (rank, rank) lies between a fixed B and a fixed A."""
 
 
 @dataclass
@@ -141,13 +145,19 @@ def read_adapter_message(message: Payload, layout: Layout) -> Named:
     return Identity.of(layout).decode(payload_frame(message))
 
 
-def factor_layout(layout: Layout, factors: Factors) -> Layout:
-    """Return the layout of what is trained and sent."""
-    return (
-        layout
-        if factors == "A and B"
-        else Layout(tuple(s for s in layout.shapes if factor(s[0]) == "B"))
-    )
+def factor_layout(layout: Layout, factors: Sent) -> Layout:
+    """Return the layout of what is sent, for an adapter of `layout`."""
+    if factors == "A and B":
+        return layout
+    if factors == "R":
+        return Layout(
+            tuple(
+                (square_name(name), (shape[0], shape[0]))
+                for name, shape in layout.shapes
+                if factor(name) == "A"
+            )
+        )
+    return Layout(tuple(s for s in layout.shapes if factor(s[0]) == factors))
 
 
 def train_locally(
@@ -189,8 +199,6 @@ def evaluate(site: Site, message: Payload) -> Payload:
     """
     which = message.value("which", str)
     new_tokens = message.whole("generate", 0, MOST_NEW_TOKENS)
-    pool = site.pool
-    data = site.load()
 
     if which == "sent":
         adapter = read_state_message(message, site.layout)
@@ -201,6 +209,13 @@ def evaluate(site: Site, message: Payload) -> Payload:
     else:
         raise WireError(f"evaluate: which={which!r:.40}, expected 'sent', 'own' or 'base'")
 
+    return measure_heldout(site, adapter, new_tokens)
+
+
+def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
+    """Return the reply of a task `evaluate` with the measures of `adapter` on held-out text."""
+    pool = site.pool
+    data = site.load()
     with pool.model(adapter, assignment=site.assignment) as model:
         sums = heldout(model, data.heldout, pad_token_id=pool.tokenizer.pad_token_id)
     if not new_tokens or not data.questions:

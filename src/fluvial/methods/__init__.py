@@ -8,12 +8,25 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from fluvial.methods import cgfedllm, ecolora, fedavg, fedcybgd, fedpipe, flasc, flglm, local
+from fluvial.methods import (
+    cgfedllm,
+    ecolora,
+    fedavg,
+    fedcybgd,
+    fedpipe,
+    fedsa,
+    fedsb,
+    flasc,
+    flglm,
+    local,
+)
 from fluvial.methods.cgfedllm.config import CgFedLlmConfig
 from fluvial.methods.ecolora.config import EcoLoraConfig
 from fluvial.methods.fedavg import CentralConfig, FedAvgConfig
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, FedCyBgdConfig
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.methods.fedsa import FedSaConfig
+from fluvial.methods.fedsb import FedSbConfig
 from fluvial.methods.flasc import FlascConfig
 from fluvial.methods.flglm.config import FlGlmConfig
 from fluvial.methods.interface import Context, Method, Metrics, Server
@@ -34,6 +47,8 @@ METHODS: dict[str, Method] = {
     "fedavg": fedavg.METHOD,
     "cgfedllm": cgfedllm.METHOD,
     "fedcybgd": fedcybgd.METHOD,
+    "fedsa": fedsa.METHOD,
+    "fedsb": fedsb.METHOD,
     "flasc": flasc.METHOD,
     "ecolora": ecolora.METHOD,
     "flglm": flglm.METHOD,
@@ -52,6 +67,8 @@ MethodConfig = Annotated[
     FedAvgConfig
     | CgFedLlmConfig
     | FedCyBgdConfig
+    | FedSaConfig
+    | FedSbConfig
     | FlascConfig
     | EcoLoraConfig
     | FlGlmConfig

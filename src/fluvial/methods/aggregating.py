@@ -248,16 +248,7 @@ def check_aggregation(settings: AggregationSettings, given: Given, *, broadcast:
     place = f"method.aggregation.mode={settings.mode!r}"
     if not given.tunes_factors:
         raise ConfigError(f"{place}: all weights are tuned, and none is a factor; remove it")
-
-    assert given.outline is not None, "a plan has the shapes of the model"
-    rows = {name: shape[0] for name, shape in given.layout.shapes if factor(name) == "A"}
-    for module, rank in given.outline.assignment.ranks:
-        if rows[f"{module}.lora_A.weight"] != rank:
-            raise ConfigError(
-                f"{place}: module {module!r} has its experts in one tensor, whose product is not "
-                "B A; choose 'ab-mean', or lora.target_modules without it"
-            )
-
+    check_products(given, place, otherwise="'ab-mean', or ")
     if broadcast:
         raise ConfigError(
             f"{place}: the factors that sites receive change their basis, so their differences "
@@ -265,6 +256,19 @@ def check_aggregation(settings: AggregationSettings, given: Given, *, broadcast:
         )
     if settings.sends_side:
         check_unequal(given.codec)
+
+
+def check_products(given: Given, place: str, *, otherwise: str = "") -> None:
+    """Raise `ConfigError` for a module whose change is not one product of its factors; the message
+    names what to choose `otherwise`."""
+    assert given.outline is not None, "a plan has the shapes of the model"
+    rows = {name: shape[0] for name, shape in given.layout.shapes if factor(name) == "A"}
+    for module, rank in given.outline.assignment.ranks:
+        if rows[f"{module}.lora_A.weight"] != rank:
+            raise ConfigError(
+                f"{place}: module {module!r} has its experts in one tensor, whose product is not "
+                f"B A; choose {otherwise}lora.target_modules without it"
+            )
 
 
 def side_download(

@@ -1,6 +1,7 @@
 """The tuned parameters of a model (LoRA factors, or all weights), and its training switches."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -59,6 +60,22 @@ def name_tuned(model: nn.Module, names: Collection[str]) -> None:
     tuned = _tuned(model)
     parameters = dict(model.named_parameters()) | tuned.parameters
     _cache[model] = replace(tuned, parameters={name: parameters[name] for name in names})
+
+
+@contextmanager
+def tuning_only(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """Let the tuned parameters of `model` be `parameters`, by name, inside; all of them require
+    gradients, and no other does."""
+    before = _tuned(model)
+    model.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
+
+    _cache[model] = replace(before, parameters=dict(parameters))
+    try:
+        yield
+    finally:
+        _cache[model] = before
 
 
 def tuned_layout(base: nn.Module, lora: LoraSettings | SavedLora | None) -> Layout:
