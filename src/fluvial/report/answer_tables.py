@@ -28,7 +28,8 @@ def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[
     columns += ["difference"] if "difference" in answers else []
     notes = [f"greedy, at most {answers['max_new_tokens']} tokens", "95 % bootstrap intervals"]
     if answers["too_long"]:
-        notes += [f"{answers['too_long']} prompts too long for an answer, counted as wrong"]
+        count = answers["too_long"]
+        notes += [f"{count} prompts leave less room in the context: shorter or empty answers"]
 
     title = f"Generated answers to {answers['questions']} records"
     rows = [[LABELS[key], *_cells(answers, key, models)] for key in answers[models[0]]]

@@ -6,16 +6,16 @@ drawn in every round; matplotlib needs about a second for a page.
 """
 
 import math
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from markupsafe import Markup, escape
 
+from fluvial.report.labels import COLUMN, ROW, length, short, wrapped
+
 WIDTH = 340.0
 """Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
-FONT = 11.5
-"""Size of the font of a chart's texts in these units, as the style sheet has it."""
 CHARACTER = 6.4
 """Mean width of a character in these units."""
 COLOURS = ("own", "fedavg", "local", "central", "base", "sixth")
@@ -76,7 +76,7 @@ class Cell:
 
 
 @dataclass
-class _Drawing:
+class Drawing:
     """Elements of a chart in the order in which they are drawn; the values on hover come last."""
 
     marks: list[str] = field(default_factory=list)
@@ -85,17 +85,25 @@ class _Drawing:
     def text(
         self, x: float, y: float, words: str, *, anchor: str = "start", kind: str = ""
     ) -> None:
+        """Add a text at a place, which is its beginning or what `anchor` says."""
         shown = f' class="{kind}"' if kind else ""
         self.marks.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{shown}>{escape(words)}</text>'
         )
 
+    def lines(self, x: float, y: float, lines: Sequence[str]) -> None:
+        """Add lines of a label that end at `x`, around the height `y`."""
+        for number, words in enumerate(lines):
+            self.text(x, y + 12 * (number - (len(lines) - 1) / 2), words, anchor="end")
+
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
+        """Add a straight line of a class of the style sheet."""
         self.marks.append(
             f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
         )
 
     def path(self, d: str, style: str, kind: str = "") -> None:
+        """Add a path of SVG."""
         shown = f' class="{kind}"' if kind else ""
         self.marks.append(f'<path d="{d}"{shown} style="{style}"/>')
 
@@ -114,6 +122,7 @@ class _Drawing:
         self.tips.append(f'<g class="v">{shape}<text class="tip">{spans}</text></g>')
 
     def svg(self, width: float, height: float, label: str) -> Markup:
+        """Return the chart, which `label` describes."""
         inner = "".join(self.marks + self.tips)
         least = f"min-width:{0.75 * width:.0f}px;" if width > WIDTH else ""
         limits = f'style="{least}max-width:{1.25 * width:.0f}px"'
@@ -181,13 +190,13 @@ def line_chart(
     def at_y(y: float) -> float:
         return bottom - (bottom - top) * (y - low) / (high - low)
 
-    drawing = _Drawing()
+    drawing = Drawing()
     drawing.text(4, 12, up)
     for row in rows:
         drawing.line(left, at_y(row), WIDTH - right, at_y(row), "grid")
         drawing.text(left - 5, at_y(row) + 4, heights(row), anchor="end")
 
-    columns = _decades(first, last) if log else ticks(first, last)
+    columns = decades(first, last) if log else ticks(first, last)
     columns = [each for each in columns if not whole or each == round(each)]
     free = 0.0
     for column in columns:
@@ -213,9 +222,9 @@ def line_chart(
                 d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
                 drawing.path(d, f"{stroke};stroke-width:{wide};fill:none")
         if len(each.line) == 1:
-            drawing.marks.append(_mark(each.colour, at_x(each.line[0][0]), at_y(each.line[0][1])))
+            drawing.marks.append(mark(each.colour, at_x(each.line[0][0]), at_y(each.line[0][1])))
         for x, y in each.points:
-            drawing.marks.append(_mark(each.colour, at_x(x), at_y(y)))
+            drawing.marks.append(mark(each.colour, at_x(x), at_y(y)))
         for (x, y), tip in zip((*each.line, *each.points), each.tips, strict=True):
             shape = f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="7"/>'
             drawing.tip(shape, at_x(x), at_y(y), tip, WIDTH)
@@ -231,8 +240,9 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
 
     low, high = min(0.0, *known), max(0.0, *known)
     high = high if high > low else low + 1.0
-    left = 10 + max(_length(_short(label, 18)) for label in labels)
-    room = 8 + max((_length(words) for bars in series for words in bars.words), default=0)
+    names = [wrapped(label) for label in labels]
+    left = 10 + max(length(line) for lines in names for line in lines)
+    room = 8 + max((length(words) for bars in series for words in bars.words), default=0)
     before = room if low < 0 else 0.0
     inner = WIDTH - left - room - before - 4
     thick = 13.0 if len(series) > 1 else 16.0
@@ -241,11 +251,11 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
     def at_x(value: float) -> float:
         return left + before + inner * (value - low) / (high - low)
 
-    drawing = _Drawing()
+    drawing = Drawing()
     height = 6 + step * len(labels)
     for row, label in enumerate(labels):
         top = 6 + row * step
-        drawing.text(left - 7, top + step / 2, _short(label, 18), anchor="end")
+        drawing.lines(left - 7, top + step / 2, names[row])
         for number, bars in enumerate(series):
             value = bars.values[row]
             y = top + number * thick
@@ -274,29 +284,29 @@ def grid_chart(
     A column has at least the width `cell`, or what its longest text needs.
     """
     texts = [each.text for cells in rows.values() for each in cells]
-    left = 10 + max(_length(_short(label, 20)) for label in rows)
+    left = 10 + max(length(short(label, ROW)) for label in rows)
     need = max(cell, 8 + CHARACTER * max(map(len, texts), default=0))
     wide = max(need, min(64.0, (WIDTH - left - 6) / max(1, len(columns))))
-    longest = max((_length(_short(label, 16)) for label in columns), default=0.0)
+    longest = max((length(short(label, COLUMN)) for label in columns), default=0.0)
     slanted = longest > wide - 4
     top = 14 + (0.72 * longest if slanted else 4.0)
     tall = 24.0 if any(texts) else 16.0
     beside = max(6.0, 0.72 * longest + 8 - wide / 2) if slanted else 6.0
     width = max(left + wide * len(columns) + beside, 200.0)
 
-    drawing = _Drawing()
+    drawing = Drawing()
     for number, label in enumerate(columns):
         x, y = left + wide * (number + 0.5), top - 5
         turn = f' transform="rotate(-45 {x:.1f} {y:.1f})"' if slanted else ""
         anchor = "start" if slanted else "middle"
         drawing.marks.append(
             f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>'
-            f"{escape(_short(label, 16))}</text>"
+            f"{escape(short(label, COLUMN))}</text>"
         )
 
     for row, (label, cells) in enumerate(rows.items()):
         y = top + row * tall
-        drawing.text(left - 7, y + tall / 2 + 4, _short(label, 20), anchor="end")
+        drawing.text(left - 7, y + tall / 2 + 4, short(label, ROW), anchor="end")
         for number, each in enumerate(cells):
             x = left + number * wide
             box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{tall - 2:.1f}"'
@@ -312,17 +322,20 @@ def grid_chart(
     return drawing.svg(width, top + tall * len(rows) + 6, name)
 
 
-def legend(entries: Sequence[tuple[str, str]], *, bars: bool = False) -> Markup:
-    """Return the legend of series, given by name and colour: line and point, or a bar's box."""
+def legend(
+    entries: Sequence[tuple[str, str]], *, kind: Literal["lines", "points", "bars"] = "lines"
+) -> Markup:
+    """Return the legend of series, given by name and colour: line and point, point, or a bar's
+    box."""
     items = []
     for name, colour in entries:
         dash = DASHES.get(colour) or "none"
-        swatch = (
-            f'<rect x="2" y="2" width="20" height="10" style="fill:var(--{colour})"/>'
-            if bars
-            else f'<path d="M0,7H24" style="stroke:var(--{colour});stroke-width:1.8;'
-            f'stroke-dasharray:{dash}"/>' + _mark(colour, 12, 7)
-        )
+        line = f"stroke:var(--{colour});stroke-width:1.8;stroke-dasharray:{dash}"
+        swatch = {
+            "bars": f'<rect x="2" y="2" width="20" height="10" style="fill:var(--{colour})"/>',
+            "points": mark(colour, 12, 7),
+            "lines": f'<path d="M0,7H24" style="{line}"/>' + mark(colour, 12, 7),
+        }[kind]
         items.append(f'<span><svg viewBox="0 0 24 14">{swatch}</svg>{escape(name)}</span>')
 
     return Markup(f'<p class="legend">{"".join(items)}</p>')
@@ -337,7 +350,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _decades(low: float, high: float) -> list[float]:
+def decades(low: float, high: float) -> list[float]:
     """Return powers of ten from `low` to `high`, with their halves and fifths where few fit."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1.0,) if high > 50 * low else (1.0, 2.0, 5.0)
@@ -350,27 +363,10 @@ def _drawable(point: tuple[float, float], log: bool) -> bool:
     return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log)
 
 
-def _mark(colour: str, x: float, y: float) -> str:
+def mark(colour: str, x: float, y: float) -> str:
+    """Return the point of a colour at a place."""
     d = MARKS.get(colour, MARKS["own"])
     return (
         f'<path d="{d}" transform="translate({x:.1f} {y:.1f})" '
         f'style="fill:var(--{colour});stroke:var(--{colour})"/>'
     )
-
-
-def _length(words: str) -> float:
-    """Return the length of `words` in a wide font, so that no system's font needs more."""
-    return FONT * sum(map(_width, words))
-
-
-def _width(character: str) -> float:
-    """Return the width of a character in a wide font, after DejaVu Sans, in font sizes."""
-    if character in "fijlrtI ,.:;'|!()[]/-":
-        return 0.46
-    if character in "mwMW%@…" or unicodedata.east_asian_width(character) in "WF":
-        return 1.0
-    return 0.8 if character.isupper() or character in "+=<>~_" else 0.65
-
-
-def _short(label: str, most: int) -> str:
-    return label if len(label) <= most else f"{label[: most - 1]}…"

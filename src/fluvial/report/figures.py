@@ -11,6 +11,7 @@ from fluvial.report.axes import AXIS_WORDS, SCORES, chart_of, tips_of
 from fluvial.report.block_tables import block_words
 from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
 from fluvial.report.cross_site import Matrix
+from fluvial.report.dots import dot_chart
 from fluvial.runs.verdict import losses
 from fluvial.storage.run_files import JsonObject
 
@@ -110,23 +111,27 @@ def bytes_by_kind(runs: Sequence[Run]) -> Markup:
     return _with_legend(chart, bars)
 
 
-def gains_by_site(own: Run, others: Sequence[Run]) -> Markup:
-    """Draw by how much each run lowers the held-out loss of every site below the base's."""
-    before = losses(own.result or {}, "base")
-    sites = list(before)[:SITES]
-    bars = []
-    for run in (*others, own):
-        after = losses(run.result or {}, "final")
-        gains = [before[site] - after[site] if site in after else None for site in sites]
-        words = ["not measured" if gain is None else f"{gain:+.4f}" for gain in gains]
-        tips = [f"loss {figure(after.get(site))}, base {before[site]:.4f}" for site in sites]
-        if any(gain is not None for gain in gains):
-            bars.append(Bars(run.name, run.colour, gains, words, tips))
+def losses_by_site(own: Run, others: Sequence[Run]) -> Markup:
+    """Draw the held-out loss of every site under the base, each run and the final model."""
+    tables = [("base model, untuned", "base", losses(own.result or {}, "base"))]
+    tables += [(run.name, run.colour, losses(run.result or {}, "final")) for run in (*others, own)]
+    sites = sorted({site for _, _, table in tables for site in table})[:SITES]
+    dots = [
+        Bars(
+            name,
+            colour,
+            [table.get(site) for site in sites],
+            [figure(table.get(site)) for site in sites],
+        )
+        for name, colour, table in tables
+        if table.keys() & set(sites)
+    ]
+    if not dots:
+        return Markup("")
 
     labels = [safe_text(site) for site in sites]
-    return _with_legend(
-        bar_chart(labels, bars, name="Gain by site") if labels else Markup(""), bars
-    )
+    chart = dot_chart(labels, dots, across="held-out loss, nats per token")
+    return legend([(each.name, each.colour) for each in dots], kind="points") + chart
 
 
 def scores_by_site(own: Run, others: Sequence[Run], score: str) -> Markup:
@@ -345,7 +350,7 @@ def budget_trials(choice: JsonObject) -> Markup:
 def _with_legend(chart: Markup, bars: Sequence[Bars]) -> Markup:
     """Return the chart below the legend of its bars; empty without a chart."""
     return (
-        legend([(each.name, each.colour) for each in bars], bars=True) + chart if chart else chart
+        legend([(each.name, each.colour) for each in bars], kind="bars") + chart if chart else chart
     )
 
 

@@ -152,7 +152,7 @@ def _content(run: JsonObject) -> JsonObject:
         "runs": legend([(each.name, each.colour) for each in runs]),
         "maps": _maps(result or {}),
         "figures": {
-            "gains": figures.gains_by_site(own, others),
+            "losses": figures.losses_by_site(own, others),
             "scores": figures.scores_by_site(own, others, score),
             "kinds": figures.bytes_by_kind(runs),
             "sent": figures.bytes_by_site(own, unequal=UNEQUAL),

@@ -5,7 +5,9 @@ from importlib.resources import files
 
 import pytest
 
-from fluvial.report.charts import FONT, Bars, Cell, bar_chart, grid_chart
+from fluvial.report.charts import Bars, Cell, bar_chart, grid_chart
+from fluvial.report.dots import dot_chart
+from fluvial.report.labels import FONT
 
 ADVANCES = {"a": 0.613, "g": 0.635, "m": 0.974, "W": 0.989, "i": 0.278, "1": 0.636, "_": 0.5}
 """Widths of DejaVu Sans, in sizes of the font."""
@@ -21,6 +23,38 @@ def test_a_label_begins_inside_the_chart(label: str) -> None:
         end = re.search(rf'<text x="([\d.]+)" [^>]*text-anchor="end">{label}</text>', chart)
         assert end is not None
         assert float(end[1]) >= needed
+
+
+def test_a_long_label_is_whole_on_two_lines_or_on_hover() -> None:
+    """Site names such as those of hospitals, in bars and points; a grid becomes wider."""
+    label = "university-hospital-of-lisbon"
+    bars = [Bars("run", "own", [0.5], ["0.5"])]
+    for chart in (bar_chart([label], bars, name="Gain"), dot_chart([label], bars, across="loss")):
+        lines = re.findall(r'text-anchor="end">([^<]*)</text>', chart)
+        assert lines == ["university-", "hospital-of-lisbon"]
+    grid = grid_chart({label: [Cell(0.5, "1", "one")]}, [label], name="Grid")
+    assert grid.count(f">{label}</text>") == 1
+
+    longer = label + "-children-and-youth"
+    chart = bar_chart([longer], bars, name="Gain")
+    assert f">{longer}</tspan>" in chart
+    assert "hospital-of-lisbo" in chart
+    assert "…</text>" in chart
+
+
+def test_points_tell_small_values_apart_beside_large_ones() -> None:
+    """A base of 9.4 nats, and runs at 0.36, 0.19 and 0.18: a tenth of the width apart at least."""
+    values = {"base": 9.4, "local": 0.36, "fedavg": 0.19}
+    series = [Bars(name, name, [value], [str(value)]) for name, value in values.items()]
+    chart = dot_chart(["north"], series, across="held-out loss")
+    places = [
+        float(x) for x in re.findall(r'<path d="[^"]*" transform="translate\(([\d.]+)', chart)
+    ]
+    assert places == sorted(places, reverse=True)
+    assert places[1] - places[2] > 25
+    assert ", logarithmic</text>" in chart
+    level = dot_chart(["north"], [Bars("a", "own", [2.0], ["2"])], across="loss")
+    assert "logarithmic" not in level
 
 
 def test_a_slanted_heading_ends_inside_the_grid() -> None:
