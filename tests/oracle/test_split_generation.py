@@ -147,7 +147,7 @@ def test_a_site_answers_prompts_of_text_as_the_whole_model_does() -> None:
     prompts = ["def add(a, b):\n", "import os\n"]
 
     with whole.model(whole.base_state()) as model:
-        wanted = list(continuations(model, whole.tokenizer, prompts, max_new_tokens=16))
+        wanted = continuations(model, whole.tokenizer, prompts, max_new_tokens=16)
 
     sites, servers = (PartPool(config, lora, cut, server=server) for server in (False, True))
     with (

@@ -222,7 +222,7 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
         return measures(sums)
 
     prompts = [question.prompt for question in data.questions]
-    answers = pool.answers(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
+    answers = pool.generate(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
     scores = AnswerSums.over(answers, data.questions)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
     return measures(sums, replace(scores, too_long=too_long))

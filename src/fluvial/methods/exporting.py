@@ -150,7 +150,9 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         )
 
     before, after = (
-        reporting.pool.generate(weights, [prompt], max_new_tokens=settings.sample_tokens)[0]
+        reporting.pool.generate(
+            weights, [prompt], max_new_tokens=settings.sample_tokens, at_once=1
+        )[0]
         for weights in (reporting.pool.base_state(), state)
     )
     return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after}]

@@ -1,11 +1,30 @@
-"""Greedy continuations of prompts."""
+"""Greedy continuations of prompts, many at once, none of which depends on the others.
 
-from collections.abc import Iterator, Sequence
+In half precision two tokens often have exactly one logit, and the rounding of a matrix product
+depends on its shape. So a prompt is always computed in a batch of the same number of rows and of a
+width that follows from the prompt alone, and every row of it has some padding, since models compute
+without a mask where none has.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+AT_ONCE = 8
+"""Prompts that are computed at once."""
+BLOCK = 16
+"""Tokens by whose multiples batches are wide."""
+SHORT = 8
+"""New tokens up to which whole sequences are computed again, without keys and values."""
 
 
 @torch.no_grad()
@@ -16,89 +35,117 @@ def continuations(
     *,
     max_new_tokens: int,
     context: int | None = None,
-) -> Iterator[str]:
-    """Yield a greedy continuation of each prompt, without the prompt and special tokens.
+    at_once: int = AT_ONCE,
+) -> list[str]:
+    """Return a greedy continuation of each prompt, without the prompt and special tokens.
 
-    It ends where the model's `context` ends; that of a prompt that fills it is empty. At most
-    `SHORT` new tokens are computed for many prompts at once; see `short_continuations`.
+    It ends where the model's `context` ends; that of a prompt that fills it is empty. With the same
+    `at_once`, a prompt has the same continuation among any others. A model that keeps a state in
+    place of keys and values would read padding, and gets one prompt at a time.
     """
     encoder = Encoder.of(tokenizer)
-    device = next(model.parameters()).device
-    encoded = [encoder.prompt(prompt) for prompt in prompts]
+    rows = [encoder.prompt(prompt) for prompt in prompts]
+    rooms = [room_after(row, max_new_tokens, context) for row in rows]
+    short = max_new_tokens <= SHORT
+    stateful = bool(getattr(model, "_is_stateful", False))
+    alone = tokenizer.pad_token_id is None or (stateful and not short)
+    batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for number, (row, room) in enumerate(zip(rows, rooms, strict=True)):
+        if room:
+            width = len(row) if alone else _width(len(row) + (room if short else 1))
+            batches[width, room].append(number)
 
-    if max_new_tokens <= SHORT and tokenizer.pad_token_id is not None:
-        rooms = [room_after(ids, max_new_tokens, context) for ids in encoded]
-        for new in short_continuations(model, tokenizer, encoded, rooms):
-            yield tokenizer.decode(new, skip_special_tokens=True)
-        return
+    new: dict[int, list[int]] = {}
+    logged_s = time.monotonic()
+    size = 1 if alone else at_once
+    write = _recomputed if short and not alone else _stepwise
 
-    for ids in encoded:
-        room = room_after(ids, max_new_tokens, context)
-        if not room:
-            yield ""
-            continue
+    for (width, room), numbers in sorted(batches.items()):
+        for start in range(0, len(numbers), size):
+            batch = numbers[start : start + size]
+            filled = [*batch, *[batch[0]] * (size - len(batch))]
+            found = write(model, tokenizer, [rows[number] for number in filled], width, room)
+            new |= dict(zip(batch, found, strict=False))
 
-        tokens = torch.tensor([ids], device=device)
-        output = model.generate(
-            input_ids=tokens,
-            attention_mask=torch.ones_like(tokens),
-            max_new_tokens=room,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        new = output[0, tokens.shape[1] :]
-        yield tokenizer.decode(new, skip_special_tokens=True)
+            if time.monotonic() - logged_s > 1:
+                logged_s = time.monotonic()
+                logger.info("greedy answers: %d of %d", len(new), len(prompts))
+
+    return [
+        tokenizer.decode(new.get(number, []), skip_special_tokens=True)
+        for number in range(len(prompts))
+    ]
 
 
-SHORT = 8
-"""New tokens up to which whole sequences are computed again, many at once."""
-AT_ONCE = 32
-"""Sequences that are computed at once."""
+def _width(tokens: int) -> int:
+    """Return the width of a batch whose rows need `tokens`: the next multiple of `BLOCK`."""
+    return BLOCK * -(-tokens // BLOCK)
 
 
-def short_continuations(
+def _recomputed(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    rooms: Sequence[int],
+    rows: Sequence[Sequence[int]],
+    width: int,
+    room: int,
 ) -> list[list[int]]:
-    """Return the greedy continuation of each prompt, of at most as many tokens as its room.
+    """Return the greedy continuation of each row, up to the end token, of `room` tokens at most.
 
-    Prompts of like length share a batch and are padded on the right, where a causal model does not
-    look. No keys and values are kept: for a few tokens a whole pass over many sequences takes less
-    time than steps of one sequence. The end token belongs to a continuation.
+    Rows are padded on the right, where a causal model does not look. For a few tokens a whole pass
+    over many sequences takes less time than steps with keys and values.
     """
     device = next(model.parameters()).device
-    found: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
+    tokens = torch.full((len(rows), width), tokenizer.pad_token_id, device=device)
+    mask = torch.zeros_like(tokens)
+    ends = torch.tensor([len(row) for row in rows], device=device)
+    every = torch.arange(len(rows), device=device)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.tensor(row, device=device)
+        mask[number, : len(row)] = 1
 
-    for start in range(0, len(order), AT_ONCE):
-        going = [place for place in order[start : start + AT_ONCE] if rooms[place]]
-        while going:
-            rows = [[*prompts[place], *found[place]] for place in going]
-            longest = max(map(len, rows))
-            tokens = torch.full((len(rows), longest), tokenizer.pad_token_id)
-            mask = torch.zeros((len(rows), longest), dtype=torch.int64)
-            for number, row in enumerate(rows):
-                tokens[number, : len(row)] = torch.tensor(row)
-                mask[number, : len(row)] = 1
+    written = torch.full((len(rows), room), tokenizer.pad_token_id, device=device)
+    ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    for step in range(room):
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        chosen = logits[every, ends - 1 + step].float().argmax(-1)
+        written[:, step] = chosen
+        ended |= chosen == tokenizer.eos_token_id
+        if ended.all() or step == room - 1:
+            break
+        tokens[every, ends + step] = chosen
+        mask[every, ends + step] = 1
 
-            logits = model(
-                input_ids=tokens.to(device), attention_mask=mask.to(device), use_cache=False
-            ).logits
-            last = torch.tensor([len(row) - 1 for row in rows], device=device)
-            chosen = logits[torch.arange(len(rows), device=device), last].float().argmax(-1)
+    return [_ended(row, tokenizer.eos_token_id) for row in written[:, : step + 1].tolist()]
 
-            for place, token in zip(going, chosen.tolist(), strict=True):
-                found[place].append(token)
-            going = [
-                place
-                for place in going
-                if found[place][-1] != tokenizer.eos_token_id and len(found[place]) < rooms[place]
-            ]
 
-    return found
+def _stepwise(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    width: int,
+    room: int,
+) -> list[list[int]]:
+    """Return what `_recomputed` does, by steps with keys and values; padding is on the left."""
+    device = next(model.parameters()).device
+    padding = [width - len(row) for row in rows]
+    tokens = [
+        [tokenizer.pad_token_id] * pad + list(row) for pad, row in zip(padding, rows, strict=True)
+    ]
+    mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+    output: Tensor = model.generate(
+        input_ids=torch.tensor(tokens, device=device),
+        attention_mask=torch.tensor(mask, device=device),
+        max_new_tokens=room,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return [_ended(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+
+
+def _ended(row: list[int], end: int | None) -> list[int]:
+    """Return the tokens before the first end token."""
+    return row[: row.index(end)] if end is not None and end in row else row
 
 
 def count_too_long(

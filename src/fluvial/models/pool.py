@@ -22,7 +22,7 @@ from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.behaviour import check_behaviour, check_packing
 from fluvial.models.export import save_adapter, save_whole
-from fluvial.models.generation import continuations
+from fluvial.models.generation import AT_ONCE, continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, weights_folder
 from fluvial.models.outline import Outline
@@ -344,25 +344,15 @@ class ModelPool:
         *,
         max_new_tokens: int,
         assignment: Assignment | None = None,
+        at_once: int = AT_ONCE,
     ) -> list[str]:
         """Return greedy continuations of `prompts`, without the prompts and special tokens."""
-        answers = self.answers(state, prompts, max_new_tokens=max_new_tokens, assignment=assignment)
-        return list(answers)
-
-    def answers(
-        self,
-        state: Named,
-        prompts: Sequence[str],
-        *,
-        max_new_tokens: int,
-        assignment: Assignment | None = None,
-    ) -> Iterator[str]:
-        """Yield the answers of `generate` one by one; a model is borrowed until the last."""
         with self.model(state, assignment=assignment) as model:
-            yield from continuations(
+            return continuations(
                 model,
                 self.tokenizer,
                 prompts,
                 max_new_tokens=max_new_tokens,
                 context=self.outline.context,
+                at_once=at_once,
             )

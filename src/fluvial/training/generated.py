@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 
 from fluvial.data import Question
 from fluvial.errors import ConfigError
-from fluvial.models.batched_generation import batched_continuations
-from fluvial.models.encoding import Encoder
+from fluvial.models.generation import AT_ONCE, continuations, count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.training.answer_scores import AnswerSums, squad_words
 from fluvial.training.choice_scores import Interval, bootstrap, exact_interval
@@ -40,7 +39,8 @@ class AnswerConfig:
     max_new_tokens: int
     """Greedy tokens of an answer."""
     metrics: tuple[Metric, ...] = ("exact_match", "f1", "rouge")
-    batch_size: int = 8
+    batch_size: int = AT_ONCE
+    """Prompts at a time; that of a run unless it is set, since rounding depends on it."""
     required: bool = False
     """True if records without answers are refused."""
     site_field: str | None = None
@@ -67,33 +67,27 @@ def answer_result(
 ) -> dict[str, Any]:
     """Return the scores of all models' greedy answers to `questions`, as JSON types.
 
-    `sites` has the site of each question, or nothing. A prompt that leaves no room for an answer in
-    the model's context counts as answered with nothing.
+    `sites` has the site of each question, or nothing.
     """
     context = pool.outline.context
-    encoder = Encoder.of(pool.tokenizer)
-    longest = math.inf if context is None else context - config.max_new_tokens
-    fitting = [len(encoder.prompt(question.prompt)) <= longest for question in questions]
-    prompts = [one.prompt for one, fits in zip(questions, fitting, strict=True) if fits]
+    prompts = [question.prompt for question in questions]
     answers = {}
 
     for name, state in models.items():
         with pool.model(state) as model:
-            written = iter(
-                batched_continuations(
-                    model,
-                    pool.tokenizer,
-                    prompts,
-                    max_new_tokens=config.max_new_tokens,
-                    batch_size=config.batch_size,
-                )
+            answers[name] = continuations(
+                model,
+                pool.tokenizer,
+                prompts,
+                max_new_tokens=config.max_new_tokens,
+                context=context,
+                at_once=config.batch_size,
             )
-        answers[name] = [next(written) if fits else "" for fits in fitting]
 
     result = {
         "metrics": list(config.metrics),
         "max_new_tokens": config.max_new_tokens,
-        "too_long": fitting.count(False),
+        "too_long": count_too_long(pool.tokenizer, prompts, config.max_new_tokens, context),
         **_scored(answers, questions, config, seed),
     }
     if sites:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from fluvial.cli import app
 from fluvial.data import Question
 from fluvial.errors import ConfigError
-from fluvial.models.batched_generation import batched_continuations
+from fluvial.models.generation import SHORT, continuations
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.training.answer_scores import squad_words, token_f1
@@ -74,8 +74,8 @@ def test_batches_answer_as_transformers_does_one_by_one(
 
     with pool.model({}) as model:
         for size in (1, 5):
-            answers = batched_continuations(
-                cast(Any, model), tokenizer, prompts, max_new_tokens=NEW_TOKENS, batch_size=size
+            answers = continuations(
+                cast(Any, model), tokenizer, prompts, max_new_tokens=NEW_TOKENS, at_once=size
             )
             assert answers == expected
     assert len(set(expected)) > 3
@@ -188,6 +188,37 @@ def test_the_sites_of_a_run_are_those_of_its_column(
     table_text = CliRunner().invoke(app, ["evaluate", *map(str, command)]).stdout
     assert "Generated answers by site" in table_text
     assert "north" in table_text
+
+
+def test_a_run_and_evaluate_have_the_same_scores(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """On the same held-out records, which the base answers rightly, as `evaluate` reads them: all
+    sites together, where a run reads each alone."""
+    new_tokens = SHORT + 2
+    model = run_config["model"] | {"dtype": "bfloat16"}
+    pool = ModelPool(ModelConfig(**model, device="cpu"), None)
+    records = _records()
+    answers = pool.generate({}, [one["prompt"] for one in records], max_new_tokens=new_tokens)
+    rows = [one | {"completion": text} for one, text in zip(records, answers, strict=True)]
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows if row["completion"].strip()))
+    settings = {
+        "source": str(data),
+        "heldout_source": str(data),
+        "partition": {"by": "column", "column": "clinic"},
+        "max_length": 64,
+    }
+    table = run_config | {"model": model, "data": settings, "rounds": 1}
+    table["evaluate"] = {"max_new_tokens": new_tokens}
+    by_site = run_table(table, tmp_path / "run")["heldout_by_site"]
+    found = _evaluate(tmp_path / "run", "--data", data)["data"]["answers"]["by_site"]
+    for site, measured in by_site.items():
+        assert measured["base"]["exact_match"] == 1
+        for run_name, name in (("base", "base"), ("final", "adapter")):
+            for key in ("exact_match", "f1", "rouge_l"):
+                mean = found[site][name][key]["mean"]
+                assert mean == pytest.approx(measured[run_name][key], abs=1e-6)
 
 
 def test_what_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
