@@ -218,6 +218,35 @@ def test_a_finished_comparison_makes_nothing_again(
     assert gather(comparison, out) == compared
 
 
+def test_equal_baselines_are_trained_once_for_each_seed(
+    tiny_model: Path, three_sites: Path, tmp_path: Path
+) -> None:
+    """Contenders differ in the codec, which a baseline has not; one with other steps shares none.
+    The run that borrowed a baseline is the run alone."""
+    changes: dict[str, dict[str, Any]] = {
+        "a": {"codec": {"name": "int8"}},
+        "b": {"codec": {"name": "identity"}},
+        "c": {"codec": {"name": "int8"}, "train": {"max_steps": 2}},
+    }
+    base = table_of(tiny_model, three_sites, rounds=1) | {"compare": ["local"]}
+    base["method"] = {"name": "cgfedllm", "tgap": {"source": "none"}}
+    tables = {name: base | changed for name, changed in changes.items()}
+    comparison = Comparison(
+        tuple(contender(name, table, (0,)) for name, table in tables.items()), (0,), "a"
+    )
+    trained = [
+        step.contender
+        for step in execute_comparison(comparison, tmp_path, launch=launch_here)
+        if isinstance(step.message, Event)
+        and (step.message.method, step.message.kind) == ("local", "round")
+    ]
+    assert trained == ["a", "c"]
+    alone = run_table(tables["b"], tmp_path / "alone")
+    made = json.loads((tmp_path / "b" / "seed-0" / "result.json").read_text())
+    assert made["adapter_sha256"] == alone["adapter_sha256"]
+    assert made["heldout"] == alone["heldout"]
+
+
 @pytest.mark.slow
 def test_a_run_in_its_own_process_goes_on_and_is_the_run_itself(
     tiny_model: Path, three_sites: Path, tmp_path: Path
@@ -285,10 +314,10 @@ def test_a_run_that_fails_does_not_stop_the_others(
     )
     comparison = Comparison(contenders, (0,), "b")
 
-    def launch(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
+    def launch(config: RunConfig, folder: Path, **further: Any) -> Iterator[Message]:
         if "a" in folder.parts:
             raise RunFailedError("GateError: refused")
-        return launch_here(config, folder, resume=resume)
+        return launch_here(config, folder, **further)
 
     steps = list(execute_comparison(comparison, tmp_path, launch=launch))
     ends = [(step.contender, step.kind, step.reason) for step in steps if step.kind != "message"]

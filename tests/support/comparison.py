@@ -1,6 +1,6 @@
 """A comparison in this process, for tests."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fluvial.runs.comparison.child import Message
@@ -12,9 +12,11 @@ from fluvial.runs.config import RunConfig
 from fluvial.runs.run import execute
 
 
-def launch_here(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
+def launch_here(
+    config: RunConfig, folder: Path, *, resume: bool, lent: Mapping[str, Path]
+) -> Iterator[Message]:
     """The events of a run, without a process of its own."""
-    yield from execute(config, folder, resume=resume)
+    yield from execute(config, folder, resume=resume, lent=lent)
 
 
 def compare_here(comparison: Comparison, out: Path) -> Compared:

@@ -1,8 +1,11 @@
 """`fluvial compare`: several configurations on the same data and seeds, and which is better."""
 
+import hashlib
+import os
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,9 +17,14 @@ from fluvial import interrupt
 from fluvial.cli.comparison_progress import comparison_progress
 from fluvial.cli.console import Format, Overrides, out, print_json, program_name
 from fluvial.cli.progress import spinner
+from fluvial.storage.recipes import recipe_of, stem
 
 if TYPE_CHECKING:
     from fluvial.runs.comparison.result import Compared
+
+
+LONGEST = 80
+"""Characters of a folder's name, beyond which it ends in a digest."""
 
 
 class SeedsCommand(TyperCommand):
@@ -54,7 +62,7 @@ def compare(
     folder: Annotated[
         Path | None,
         typer.Option(
-            "--out", help="Folder of all runs; default runs/compare, or runs/NAME of the one file."
+            "--out", help="Folder of all runs; default runs/compare-NAMES, by the files' paths."
         ),
     ] = None,
     baseline: Annotated[
@@ -75,7 +83,7 @@ def compare(
     Every run has a folder of its own below --out. The same command again goes on where it was
     stopped, and makes no finished run again.
     """
-    path = folder or Path("runs") / (configs[0].stem if len(configs) == 1 else "compare")
+    path = folder or Path("runs") / default_name(configs)
     interrupt.set_advice(partial(_advice, path))
     with spinner("reading the configurations"):
         from fluvial.report.comparison_tables import comparison_tables
@@ -114,6 +122,21 @@ def compare(
 
     if failed:
         raise typer.Exit(1)
+
+
+def default_name(configs: Sequence[Path]) -> str:
+    """Return the name of a comparison's folder, which follows from the paths of its files, so that
+    other files have another folder."""
+    names = []
+    for config in configs:
+        path = Path(stem(config))
+        if recipe_of(config) is None:
+            path = Path(os.path.relpath(config)).with_suffix("")
+        names.append("-".join(part for part in path.parts if part != ".."))
+    name = "-".join(["compare", *names])
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _write(compared: "Compared", path: Path) -> None:

@@ -69,7 +69,8 @@ def main() -> int:
     try:
         config = parse(task["config"], "the configuration of the comparison")
         folder = Path(task["folder"])
-        events = execute(config, folder, resume=task["resume"])
+        lent = {name: Path(path) for name, path in task["lent"].items()}
+        events = execute(config, folder, resume=task["resume"], lent=lent)
         for event in with_page(events, config, folder):
             messages.send("event", asdict(event))
     except FluvialError as error:

@@ -12,6 +12,7 @@ from fluvial.report.tables import table
 from fluvial.runs.comparison.gathering import is_loss
 from fluvial.runs.comparison.judging import (
     answer,
+    answer_about,
     p_words,
     primary,
     test_words,
@@ -209,8 +210,8 @@ def comparison_tables(compared: Compared) -> RenderableType:
 
 
 def colour(compared: Compared) -> str:
-    """Return the colour of the verdict."""
-    found = [answer(each[1]) for one in compared.contenders if (each := primary(one))]
+    """Return the colour of the verdict: green or red only where losses and exact match agree."""
+    found = [said for each in compared.contenders if (said := answer_about(each)) is not None]
     if found and all(each in ("better", "equal") for each in found):
         return "green"
     return "red" if found and all(each == "worse" for each in found) else "yellow"

@@ -70,6 +70,16 @@ def _readable(content: Any) -> bytes:
     return (json.dumps(content, indent=2, allow_nan=False) + "\n").encode()
 
 
+def copy_finished(source: Path | None, folder: Path) -> None:
+    """Copy the folder of a finished run, unless `folder` is there or nothing is to be copied."""
+    if source is None or folder.exists():
+        return
+    draft = folder.with_name(f".{folder.name}.copy")
+    shutil.rmtree(draft, ignore_errors=True)
+    shutil.copytree(source, draft, ignore=shutil.ignore_patterns(".lock"))
+    draft.replace(folder)
+
+
 class RunFolder:
     """One run's files. Use as a context manager: only one process at a time holds it."""
 

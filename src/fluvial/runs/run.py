@@ -30,7 +30,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.beginning import begun
 from fluvial.runs.budget.choice import choose
 from fluvial.runs.budget.settled import BUDGET, settle
-from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.checkpoint import RunFolder, copy_finished
 from fluvial.runs.config import RunConfig
 from fluvial.runs.cross_site import OwnModels, own_models_everywhere
 from fluvial.runs.harness import check_tasks, measure_tasks
@@ -79,10 +79,12 @@ def execute(
     resume: bool = False,
     assemble: Assemble = in_process,
     texts: Callable[[RunConfig, ModelPool], Texts] | None = None,
+    lent: Mapping[str, Path] | None = None,
 ) -> Iterator[Event]:
     """Run the baselines of `config`, each in a folder of its own, then its method.
 
-    Yield what happens; the last event is the result.
+    Yield what happens; the last event is the result. Finished folders of equal baselines, by name
+    in `lent`, are copied and not made again.
 
     Raises `CheckpointError` when `folder` holds a run and `resume` is not set, or holds another
     run's configuration.
@@ -134,6 +136,7 @@ def execute(
                 yield from tracked(run.events(), each, main, folder)
                 continue
 
+            copy_finished((lent or {}).get(each.method.name), path)
             with RunFolder(path) as baseline:
                 run = Run(each, baseline, own, known, assemble)
                 yield from tracked(run.events(), each, baseline, folder)

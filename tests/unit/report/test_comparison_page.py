@@ -12,6 +12,7 @@ from fluvial import __version__
 from fluvial.report.comparison_figures import mean_series
 from fluvial.report.comparison_page import comparison_page
 from fluvial.report.comparison_tables import (
+    colour,
     comparison_tables,
     cost_rows,
     measure_rows,
@@ -243,6 +244,30 @@ def test_the_verdict_on_two(found: Difference, words: str) -> None:
     assert line.endswith("b at 1/20 of the bytes of a")
     ours = ours.model_copy(update={"bytes_total": 9.099 * 400200.0})
     assert compared(base, ours).verdict.endswith("b at 9.1 times the bytes of a")
+
+
+def test_a_verdict_that_exact_match_contradicts_is_no_success() -> None:
+    base = contender("a", "a", (3.2, 3.3))
+    for points, said, shade in (
+        (
+            0.05,
+            "b is better than a: held-out loss 0.1200 nats lower, exact match 5.0 points higher",
+            "green",
+        ),
+        (
+            -0.05,
+            "Losses and exact match of b and a disagree: held-out loss 0.1200 nats lower, "
+            "exact match 5.0 points lower",
+            "yellow",
+        ),
+    ):
+        found = {"loss": difference(-0.12), "exact_match": difference(points)}
+        both = compared(base, contender("b", "b", (3.1, 3.2), differences=found))
+        assert both.verdict.startswith(said)
+        assert colour(both) == shade
+        other = contender("c", "c", (3.1, 3.2), differences={"loss": difference(-0.12)})
+        third = compared(base, *both.contenders[1:], other)
+        assert ("losses and exact match disagree: b" in third.verdict) == (points < 0)
 
 
 def test_the_verdict_on_several_and_on_one() -> None:

@@ -9,7 +9,7 @@ import pytest
 from typer.main import get_command
 
 from fluvial.cli import app
-from fluvial.cli.compare import SeedsCommand
+from fluvial.cli.compare import SeedsCommand, default_name
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.runs.comparison.contenders import Comparison, read_comparison
 from fluvial.runs.comparison.execute import execute_comparison
@@ -178,6 +178,19 @@ def test_unequal_seeds_of_files_are_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match="other seeds .*give --seeds"):
         read_comparison(paths)
     assert read_comparison(paths, seeds=(7,)).seeds == (7,)
+
+
+def test_the_folder_of_a_comparison_follows_from_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_name([Path("fast.toml")]) == "compare-fast"
+    assert default_name([Path("a/run.toml"), Path("b/run.toml")]) == "compare-a-run-b-run"
+    assert default_name([tmp_path / "a" / "run.toml"]) == "compare-a-run"
+    assert default_name([Path("recipe:clinic")]) == "compare-clinic"
+    many = [default_name([Path(f"{'x' * 90}{n}.toml")]) for n in range(2)]
+    assert many[0] != many[1]
+    assert all(len(name) < 100 for name in many)
 
 
 def test_a_sweep_stands_alone(write: Write) -> None:

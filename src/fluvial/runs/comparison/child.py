@@ -10,7 +10,7 @@ import logging
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO
@@ -28,8 +28,11 @@ class RunFailedError(Exception):
     """A run that ended with an error; the text has the type of the error and its message."""
 
 
-def in_own_process(config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
-    """Run `config` in a process of its own and yield its events and messages.
+def in_own_process(
+    config: RunConfig, folder: Path, *, resume: bool, lent: Mapping[str, Path] | None = None
+) -> Iterator[Message]:
+    """Run `config` in a process of its own and yield its events and messages; `lent` has the
+    folders of its baselines that other runs have finished.
 
     Raises `RunFailedError` where it ends without a result.
     """
@@ -37,6 +40,7 @@ def in_own_process(config: RunConfig, folder: Path, *, resume: bool) -> Iterator
         "config": config.model_dump(mode="json", exclude_unset=True),
         "folder": str(folder),
         "resume": resume,
+        "lent": {name: str(path) for name, path in (lent or {}).items()},
     }
     failure = ""
 

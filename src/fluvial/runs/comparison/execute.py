@@ -3,7 +3,7 @@ its own, and those that are finished not again."""
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from fluvial.runs.comparison.files import CHECK, run_folder
 from fluvial.runs.config import RunConfig
 from fluvial.runs.plan import plan
 from fluvial.storage.files import private, write_atomically
-from fluvial.storage.run_files import read_file, read_result
+from fluvial.storage.run_files import COMPARE, read_file, read_result
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,11 @@ Standing = Literal["new", "begun", "finished"]
 class Launch(Protocol):
     """Runs a configuration in a folder."""
 
-    def __call__(self, config: RunConfig, folder: Path, *, resume: bool) -> Iterator[Message]:
-        """Yield the events of a run; raises `RunFailedError`."""
+    def __call__(
+        self, config: RunConfig, folder: Path, *, resume: bool, lent: Mapping[str, Path]
+    ) -> Iterator[Message]:
+        """Yield the events of a run; raises `RunFailedError`. `lent` has folders of finished
+        baselines that it shares with other runs, by name."""
         ...
 
 
@@ -72,16 +75,32 @@ def execute_comparison(
                     yield Step(*place, "finished")
                     continue
 
-                resume = standings[place] == "begun"
+                config = contender.configs[seed]
                 try:
                     for message in launch(
-                        contender.configs[seed], run_folder(out, *place), resume=resume
+                        config,
+                        run_folder(out, *place),
+                        resume=standings[place] == "begun",
+                        lent=_shared(comparison, config, out),
                     ):
                         yield Step(*place, "message", message)
                 except RunFailedError as error:
                     yield Step(*place, "failed", reason=str(error))
                 else:
                     yield Step(*place, "finished")
+
+
+def _shared(comparison: Comparison, config: RunConfig, out: Path) -> dict[str, Path]:
+    """Return the folders of equal baselines that runs of the comparison have finished, by name."""
+    found = dict[str, Path]()
+    for other in comparison.contenders:
+        theirs = other.configs[config.seed]
+        for name in set(config.compare) & set(theirs.compare):
+            folder = run_folder(out, other.name, config.seed) / COMPARE / name
+            same = config.baseline(name).resolved() == theirs.baseline(name).resolved()
+            if same and read_result(folder) is not None:
+                found.setdefault(name, folder)
+    return found
 
 
 def _standings(comparison: Comparison, out: Path) -> dict[tuple[str, int], Standing]:

@@ -9,6 +9,9 @@ ALPHA = 0.05
 """Level of a test below which a difference counts as shown."""
 PRIMARY = ("loss", "loss_pooled")
 """Measures that decide, the first that a contender and the baseline have in common."""
+SCORES = ("exact_match", "exact_match_pooled")
+"""Scores that a verdict must not contradict, likewise."""
+DISAGREE = "losses and exact match disagree"
 
 
 def verdict_line(compared: Compared) -> str:
@@ -28,6 +31,25 @@ def primary(contender: ComparedContender) -> tuple[str, Difference] | None:
     """Return the measure that decides about a contender, and its difference; None without any."""
     names = [name for name in PRIMARY if name in contender.differences]
     return (names[0], contender.differences[names[0]]) if names else None
+
+
+def score(contender: ComparedContender) -> Difference | None:
+    """Return the difference of exact match; None where it was not measured."""
+    names = (name for name in SCORES if name in contender.differences)
+    return next((contender.differences[name] for name in names), None)
+
+
+def answer_about(contender: ComparedContender) -> str | None:
+    """Return the `answer` on the losses of a contender, or `DISAGREE` where they are better and
+    exact match is worse, or the other way round; None without any measure."""
+    found = primary(contender)
+    if found is None:
+        return None
+    said = answer(found[1])
+    right = score(contender)
+    gain = 0.0 if right is None else right.mean
+    contradicted = (said == "better" and gain < 0) or (said == "worse" and gain > 0)
+    return DISAGREE if contradicted else said
 
 
 def answer(difference: Difference) -> str:
@@ -69,17 +91,19 @@ def _seeds(contender: ComparedContender) -> str:
 
 
 def _against(base: ComparedContender, others: Sequence[ComparedContender]) -> list[str]:
-    known = {each.name: found for each in others if (found := primary(each)) is not None}
+    known = {each.name: said for each in others if (said := answer_about(each)) is not None}
     if not known:
         return [f"Not measured: no contender can be compared with {base.name} yet"]
     if len(others) == 1:
-        return [_sentence(others[0], base, known[others[0].name][1])]
+        found = primary(others[0])
+        assert found is not None, "it has an answer"
+        return [_sentence(others[0], base, found[1])]
 
     groups: dict[str, list[str]] = {}
-    for name, (_, difference) in known.items():
-        groups.setdefault(answer(difference), []).append(name)
+    for name, said in known.items():
+        groups.setdefault(said, []).append(name)
 
-    order = ("better", "equal", "no difference shown", "not tested", "worse")
+    order = ("better", "equal", "no difference shown", "not tested", DISAGREE, "worse")
     words = "; ".join(f"{what}: {', '.join(groups[what])}" for what in order if what in groups)
     parts = [f"Against {base.name}: {words}"]
     losses = {
@@ -101,10 +125,15 @@ def _sentence(contender: ComparedContender, base: ComparedContender, found: Diff
         "equal": f"{both} have equal losses",
         "no difference shown": f"No difference shown between {both}",
         "not tested": f"{both} are not tested",
-    }[answer(found)]
+        DISAGREE: f"Losses and exact match of {both} disagree",
+    }[answer_about(contender) or answer(found)]
     way = "lower" if found.mean < 0 else "higher"
     apart = f": held-out loss {figure(abs(found.mean))} nats {way}" if found.mean else ""
     parts = [words + apart]
+    right = score(contender)
+    if right is not None and right.mean:
+        more = "higher" if right.mean > 0 else "lower"
+        parts.append(f"exact match {figure(100 * abs(right.mean), '.1f')} points {more}")
     if found.low is not None:
         parts.append(f"95 % interval {figure(found.low, '+.4f')} to {figure(found.high, '+.4f')}")
     tested = test_words(found)
