@@ -14,7 +14,7 @@ from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.store import StateStore
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.planner.advice import RATES, advised_codec, advised_method
+from fluvial.methods.fedpipe.planner.advice import RATES, Uncoded, advised_codec, advised_method
 from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, uniform_under_training
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
 from fluvial.methods.fedpipe.planner.plan import SitePlan
@@ -197,16 +197,17 @@ def _codec(
     deadline_s = server.config.deadline_s
     choices = sorted({*RATES, server.deciding.rate})
     rates = {}
-    shares = {}
+    rounds = {}
     for site in sorted(server.plans):
         best = planners[site].at_rates(choices).plan(models[site], deadline_s)
         uncoded = planners[site].at_rates((1,)).plan(models[site])
         assert best is not None
         assert uncoded is not None
         rates[site] = best.setting.rate
-        shares[site] = uncoded.prediction.link_s / uncoded.prediction.seconds
+        predicted = uncoded.prediction
+        rounds[site] = Uncoded(predicted.seconds, predicted.link_s / predicted.seconds)
 
     if not rates:
         return None
-    advice = advised_codec(rates, shares)
+    advice = advised_codec(rates, rounds)
     return {"name": advice.name, "why": advice.why, "rates": rates}

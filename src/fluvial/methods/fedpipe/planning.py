@@ -11,14 +11,14 @@ from fluvial.federation.sites import factor_layout
 from fluvial.formatting import human_bytes
 from fluvial.methods.aggregating import check_aggregation, side_download
 from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.methods.fedpipe.holding import WIDTHS
+from fluvial.methods.fedpipe.holding import WIDTHS, smallest
 from fluvial.methods.fedpipe.planner.formats import FORMATS, formats_named, layered
 from fluvial.methods.fedpipe.planner.memory import base_bytes
 from fluvial.methods.fedpipe.planner.sizes import sizes_of
 from fluvial.methods.fedpipe.site_configuration import VERSION, format_of, layers_of
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction
 from fluvial.methods.interface import Given, Plan
-from fluvial.methods.planning import uncoded
+from fluvial.methods.planning import OPTIMIZER_BYTES, uncoded
 from fluvial.methods.traffic import Bytes, Traffic, answer, coded_frame, envelope
 from fluvial.models.hf import PreTrainedModel
 from fluvial.models.quantisation import Format, Quantisation
@@ -130,8 +130,9 @@ def _check_planner(config: FedPipeConfig, given: Given) -> None:
 
 
 def _check_memory(config: FedPipeConfig, given: Given) -> None:
-    """Raise `ConfigError` for a budget whose memory is less than the base takes, where such a site
-    would stop the run after its baselines have trained."""
+    """Raise `ConfigError` for a budget whose memory is less than the base takes, or than base and
+    smallest adapter with its optimizer where the site measures its speed, where such a site would
+    stop the run after its baselines have trained."""
     if given.on_failure == "skip":
         return
 
@@ -140,15 +141,25 @@ def _check_memory(config: FedPipeConfig, given: Given) -> None:
     sizes = sizes_of(given.outline.base, WIDTHS[run.precision], given.correction_rank)
     own = layered(format_of(run), layers_of(run))
     formats = formats_named(config.planner.formats) or (own,)
-    needed, name = min((base_bytes(sizes, format), format.name) for format in formats)
+    base, name = min((base_bytes(sizes, format), format.name) for format in formats)
+    adapter = OPTIMIZER_BYTES * smallest(run, config.planner.ranks).layout.numel
     for budget in config.budgets:
-        if budget.memory_mb is not None and budget.memory_mb * 10**6 < needed:
-            raise ConfigError(
-                f"method.budgets: the base in format {name} needs {human_bytes(needed)}, more than "
-                f"memory_mb={budget.memory_mb:g} of site {budget.site!r}; raise it, add a smaller "
-                "format to method.planner.formats, or set fleet.on_failure='skip' to go on without "
-                "such a site"
+        measures = budget.tokens_s is None
+        needed = base + (adapter if measures else 0)
+        if budget.memory_mb is None or budget.memory_mb * 10**6 >= needed:
+            continue
+
+        what = f"the base in format {name} needs {human_bytes(base)}"
+        if measures and budget.memory_mb * 10**6 >= base:
+            what = (
+                f"the base in format {name} and the smallest adapter with its optimizer need "
+                f"{human_bytes(needed)} before a pass"
             )
+        raise ConfigError(
+            f"method.budgets: {what}, more than memory_mb={budget.memory_mb:g} of site "
+            f"{budget.site!r}; raise it, add a smaller format to method.planner.formats, or set "
+            "fleet.on_failure='skip' to go on without such a site"
+        )
 
 
 def _check_labels(config: FedPipeConfig, given: Given) -> None:

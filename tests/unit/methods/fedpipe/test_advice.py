@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fluvial.methods.fedpipe.planner.advice import advised_codec, advised_method
+from fluvial.methods.fedpipe.planner.advice import Uncoded, advised_codec, advised_method
 from fluvial.methods.fedpipe.planner.plan import Prediction, Setting, SitePlan
 from fluvial.methods.fedpipe.planner.refusal import Alternative, Limit, Refusal
 
@@ -49,11 +49,11 @@ def test_what_fits_nowhere_or_misses_the_deadline_is_said() -> None:
     assert "the deadline leaves out site 'b'" in late.why
 
 
-def test_the_codec_is_that_of_the_middle_site() -> None:
-    shares = dict.fromkeys("abc", 0.4)
-    assert advised_codec({"a": 1, "b": 1, "c": 16}, shares).name == "identity"
-    assert advised_codec({"a": 1, "b": 4, "c": 16}, shares).name == "int8"
-    advice = advised_codec({"a": 16, "b": 4, "c": 16}, shares)
+def test_the_codec_is_that_of_the_site_that_a_round_waits_for() -> None:
+    rounds = {"a": Uncoded(2.0, 0.9), "b": Uncoded(30.0, 0.4), "c": Uncoded(5.0, 0.1)}
+    assert advised_codec({"a": 16, "b": 1, "c": 16}, rounds).name == "identity"
+    assert advised_codec({"a": 1, "b": 4, "c": 16}, rounds).name == "int8"
+    advice = advised_codec({"a": 1, "b": 16, "c": 1}, rounds)
     assert advice.name == "trellis"
-    assert "messages are 40% of an uncoded round" in advice.why
+    assert "waits for site 'b', and messages are 40% of its uncoded round" in advice.why
     assert "rate 16" in advice.why

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from statistics import median_low
 
 from fluvial.methods.fedpipe.planner.plan import Setting, SitePlan
 from fluvial.methods.fedpipe.planner.refusal import Refusal
@@ -58,15 +57,25 @@ def advised_method(plans: Mapping[str, SitePlan], refusals: Sequence[Refusal]) -
     )
 
 
-def advised_codec(rates: Mapping[str, int], link_shares: Mapping[str, float]) -> Advice:
-    """Return the codec for the rate that the middle site would choose on its own link.
+@dataclass(frozen=True)
+class Uncoded:
+    """The round of a site at rate 1."""
 
-    `rates` are those choices by site; `link_shares` the shares of a round that messages take at
-    rate 1.
+    seconds: float
+    link_share: float
+    """Share of these seconds that messages take."""
+
+
+def advised_codec(rates: Mapping[str, int], rounds: Mapping[str, Uncoded]) -> Advice:
+    """Return the codec for the rate that the slowest site would choose on its own link, since a
+    round waits for it.
+
+    `rates` are those choices by site, and `rounds` their uncoded rounds.
     """
-    rate = median_low(rates.values())
-    share = median_low(link_shares.values())
-    words = f"messages are {share:.0%} of an uncoded round of the middle site"
+    slowest = max(sorted(rounds), key=lambda site: rounds[site].seconds)
+    rate = rates[slowest]
+    share = rounds[slowest].link_share
+    words = f"a round waits for site {slowest!r}, and messages are {share:.0%} of its uncoded round"
     if rate == 1:
         return Advice("identity", f"{words}, so a coded update would gain less than it loses")
     name = "int8" if rate == 4 else "trellis"
