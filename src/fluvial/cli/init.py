@@ -56,6 +56,13 @@ def init(
     public: Annotated[
         str | None, typer.Option(help="A file with text of no site, to choose the codec on.")
     ] = None,
+    heldout: Annotated[
+        str | None,
+        typer.Option(
+            help="Held-out records of all sites: a file with the same columns, or a folder with a "
+            "file of each site."
+        ),
+    ] = None,
     no_input: Annotated[
         bool,
         typer.Option("--yes", "-y", "--no-input", help="Ask nothing; take what the data suggest."),
@@ -89,6 +96,8 @@ def init(
 
     if public is not None:
         read_records(public, "--public")
+    if heldout is not None:
+        read_records(heldout, "--heldout")
 
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
@@ -141,7 +150,14 @@ def init(
     try:
         with spinner("counting tokens and checking"):
             proposal = propose(
-                file, facts, records, divided, chosen, uplink_mbps=uplink, public=public
+                file,
+                facts,
+                records,
+                divided,
+                chosen,
+                uplink_mbps=uplink,
+                public=public,
+                heldout=heldout,
             )
     except DataError as error:
         raise DataError(
@@ -302,10 +318,11 @@ def _report(file: Path, proposal: "Proposal", *, plans: bool) -> None:
     for note in proposal.planned["notes"][1:]:
         out.print(f"• {safe_text(note)}", markup=False)
 
+    for line in proposal.assumed:
+        out.print(f"• assumed: {safe_text(line)}", markup=False)
+
     program = shlex.join(program_name())
-    run = Path("runs") / file.stem
     print_line(f"\nwrote {file}, and checked it. Next:")
-    show = ["show", run, "--html", run / "report.html"]
     before = [["preview", file], ["plan", file]] if plans else [["preview", file]]
-    for words in (*before, ["run", file], show):
+    for words in (*before, ["run", file]):
         print_line(f"  {program} {shlex.join(map(str, words))}")

@@ -50,7 +50,10 @@ def method_sections(
 def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: bool) -> list[Section]:
     least = round(32 / MOST_BITS, 1)
     rate = max(rate, least)
-    target = "times smaller than fp32 (no uplink is known)"
+    target = (
+        "times smaller than fp32: assumed, since no uplink is known; `fluvial init --uplink 2` sets "
+        "it for 2 Mbit/s, a smaller number loses less"
+    )
     if uplink_mbps is not None:
         upload_s = 8 * update_bytes / rate / (1e6 * uplink_mbps)
         target = f"times smaller than fp32: {upload_s:.2g} s at {uplink_mbps:g} Mbit/s"

@@ -27,6 +27,8 @@ class Proposal:
     """Lines about model, records and sites."""
     planned: dict[str, Any]
     """Result of `runs.plan.plan`."""
+    assumed: tuple[str, ...] = ()
+    """Lines about what was assumed for lack of an answer, with the remedies."""
 
 
 def propose(
@@ -38,6 +40,7 @@ def propose(
     *,
     uplink_mbps: float | None = None,
     public: str | None = None,
+    heldout: str | None = None,
 ) -> Proposal:
     """Return a configuration for `file`, which is not written.
 
@@ -57,6 +60,7 @@ def propose(
         limits=limits,
         uplink_mbps=uplink_mbps,
         public_path=None if public is None else path_from(file, public),
+        heldout_path=None if heldout is None else path_from(file, heldout),
     )
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "nothing named"
     head = [
@@ -67,7 +71,7 @@ def propose(
     text = document(head, sections(answers))
     table = paths.beside(tomllib.loads(text), file)
     planned = plan(parse(table, str(file)))
-    return Proposal(text, _found(answers), planned)
+    return Proposal(text, _found(answers), planned, answers.assumed)
 
 
 def _found(answers: Answers) -> tuple[str, ...]:

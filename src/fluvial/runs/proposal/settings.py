@@ -23,11 +23,28 @@ RATE_OF_7B = 1.5e-4
 LARGEST_RATE = 5e-3
 PASSES = 3
 """Passes over the data of the middle site that a run aims at."""
-LEAST_STEPS = 60
-"""Optimizer steps of a site that a run aims at, however few its records are."""
+SMALL = 10**8
+"""Parameters below which a model is taken as new to every task."""
 DEFAULT_ROUNDS: int = RunConfig.model_fields["rounds"].default
-ROUNDS = (5, DEFAULT_ROUNDS)
-"""Fewest and most rounds that are proposed."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """Steps and rounds that a run aims at, by the size of its model."""
+
+    least_steps: int
+    """Optimizer steps of a site in all, however few its records are."""
+    least_rounds: int
+    most_rounds: int
+    round_steps: int
+    """Steps of a site in a round, where the rounds suffice; more of them let sites drift apart."""
+    most_steps: int = 20
+    """Steps of a site in a round at most."""
+
+
+USUAL = Aim(least_steps=60, least_rounds=5, most_rounds=DEFAULT_ROUNDS, round_steps=20)
+NEW = Aim(least_steps=240, least_rounds=5, most_rounds=60, round_steps=4)
+"""Aim of a model of less than `SMALL` parameters, as measured: docs/log.md, 30 November 2026."""
 MEASURED = 100
 """Most held-out sequences of a site that are measured."""
 LONGEST_WRITTEN = 32
@@ -53,10 +70,15 @@ class Answers:
     uplink_mbps: float | None = None
     public_path: str | None = None
     """Source of public text as the file has it."""
+    heldout_path: str | None = None
+    """Source of held-out records of all sites as the file has it."""
 
     @property
     def heldout_share(self) -> float:
-        """Return the least share of the usual ones that leaves each site a held-out record."""
+        """Return the least share of the usual ones that leaves each site a held-out record; 0
+        where held-out records have a source of their own."""
+        if self.heldout_path is not None:
+            return 0.0
         least = min(self.kept.values())
         return next(share for share in (0.1, 0.2, 0.3, 0.5) if 0 < round(share * least) < least)
 
@@ -72,9 +94,30 @@ class Answers:
         return {name: count * (1 - self.heldout_share) * each for name, count in self.kept.items()}
 
     @property
+    def assumed(self) -> tuple[str, ...]:
+        """Return what was assumed for lack of an answer, with the remedy."""
+        slow = "slow-links" in self.limits and method_for(self.limits) == "cgfedllm"
+        if self.uplink_mbps is not None or not slow:
+            return ()
+        return (
+            f"no uplink is known, so updates are sent at 1/{self.rate:g} of fp32; name the slowest "
+            "uplink in Mbit/s with --uplink, or change codec.rate",
+        )
+
+    @property
+    def small(self) -> bool:
+        """Return whether the model is taken as new to every task."""
+        return self.model.parameters < SMALL
+
+    @property
+    def aim(self) -> Aim:
+        """Return the steps and rounds that the run aims at; noise is added in each round."""
+        return NEW if self.small and "privacy" not in self.limits else USUAL
+
+    @property
     def everywhere(self) -> bool:
         """Return whether LoRA adapts all linear modules."""
-        return not self.model.has_paper_targets
+        return self.small or not self.model.has_paper_targets
 
     @property
     def rank(self) -> int:
@@ -130,8 +173,8 @@ def sections(answers: Answers) -> list[Section]:
 
 def _rounds(answers: Answers, batch: int, steps: int) -> list[Setting]:
     middle = median(answers.sequences.values())
-    wanted = max(PASSES * middle / (batch * steps), LEAST_STEPS / steps)
-    rounds = min(ROUNDS[1], max(ROUNDS[0], math.ceil(wanted)))
+    wanted = max(PASSES * middle / batch, answers.aim.least_steps) / steps
+    rounds = min(answers.aim.most_rounds, max(answers.aim.least_rounds, math.ceil(wanted)))
     passes = rounds * steps * batch / middle
     why = f"{rounds * steps} steps, about {passes:.2g} passes over the data of a middle site"
     return [] if rounds == DEFAULT_ROUNDS else [Setting("rounds", rounds, why)]
@@ -168,7 +211,10 @@ def _lora(answers: Answers) -> Section:
     if answers.rank != LoraSettings().r:
         why = "no linear module of the model is wider"
         settings.append(Setting("r", answers.rank, why))
-    if answers.everywhere:
+    if answers.everywhere and answers.model.has_paper_targets:
+        why = "a small model is new to the task, and attention alone learns it slowly"
+        settings.append(Setting("target_modules", "all-linear", why))
+    elif answers.everywhere:
         usual = ", ".join(answers.model.targets[:4])
         settings.append(
             Setting(
@@ -224,7 +270,10 @@ def _sites(answers: Answers) -> list[Setting]:
         why = f"without {', '.join(map(shown, left_out[:5]))}, which have one record each"
         settings.append(Setting("sites", sorted(answers.kept), why))
     share = answers.heldout_share
-    if share != 0.1:
+    if answers.heldout_path is not None:
+        why = "held-out records, divided among the sites as the others"
+        settings.append(Setting("heldout_source", answers.heldout_path, why))
+    elif share != 0.1:
         least = min(answers.kept, key=lambda name: answers.kept[name])
         why = f"the smallest site, {shown(least)}, has {answers.kept[least]} records"
         settings.append(Setting("heldout_share", share, why))
@@ -259,7 +308,10 @@ def _train(answers: Answers) -> Section:
     batch = 8 if middle >= 16 else max(1, int(middle // 2))
     device = batch if model.parameters < 10**9 else min(batch, 4 if model.parameters < 4e9 else 2)
     device = 1 if small else device
-    steps = min(20, max(2, round(middle / batch)))
+    aim = answers.aim
+    wanted = max(PASSES * middle / batch, aim.least_steps) / aim.most_rounds
+    steps = min(aim.most_steps, max(aim.round_steps, math.ceil(wanted)))
+    steps = min(steps, max(2, round(middle / batch)))
     settings = [_learning_rate(model)]
     settings = [each for each in settings if each.value != TrainConfig().learning_rate]
 
@@ -274,6 +326,8 @@ def _train(answers: Answers) -> Section:
 
     shown_share = steps * batch / middle
     why = f"of a site in a round: {shown_share:.0%} of the data of a middle site"
+    if answers.small:
+        why += "; in longer rounds sites drift apart"
     settings.append(Setting("max_steps", steps, why))
     if small:
         why = "activations are computed again, not held"
