@@ -81,9 +81,11 @@ def quickstart() -> str:
             f"The run in one line: {result['verdict']['line']}.",
             result_caption(rows[0]),
             ANSWERS_CAPTION,
-            f"Held-out loss falls at every site, by {gains[least]:.2f} ({least}) to "
-            f"{max(gains.values()):.2f} nats. Set-up is {human_bytes(setup)} for each "
-            f"site. What `auto` said: {result['setup']['choice']['why']}.",
+            "Loss is the mean of -ln p over the tokens of the answers, where p is the model's "
+            "probability of the right token; its unit is the nat, and lower is better. It falls at "
+            f"every site, by {gains[least]:.2f} ({least}) to {max(gains.values()):.2f} nats. "
+            f"Before the first round, {human_bytes(setup)} are sent for each site. Why `auto` took "
+            f"this codec: {result['setup']['choice']['why']}.",
         ]
     )
 

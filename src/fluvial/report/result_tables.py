@@ -125,8 +125,8 @@ def result_caption(headings: Sequence[str], rates: Rates = PLAIN) -> str:
         "Held-out values are means over the sites, each counting the same"
         f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds; round "
         "ratio: these against uncompressed updates; local training only reports its loss. "
-        "Amortised: all bytes in both directions, with set-up, against an uncompressed run of the "
-        f"same rounds. {rates.words}"
+        "Amortised: all bytes of the run, in both directions and with what is sent before round 1, "
+        f"against those of the same run without compression. {rates.words}"
     )
 
 

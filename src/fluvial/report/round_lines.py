@@ -147,12 +147,12 @@ def _gate_lines(values: JsonObject) -> list[str]:
         f"codec gate: {verdict} on {gate['snapshots']} held-out of {values['snapshots']} snapshots",
         *(f"  [red]failed:[/] {escape(safe_text(reason))}" for reason in gate["failed"]),
         f"  cosine to the true update {gate['cosine']:.3f}; "
-        f"relative error {gate['errors']['all']:.3f}, "
-        f"the best predictor ({escape(best)}) {best_error:.3f}",
+        f"relative error {gate['errors']['all']:.3f}, that of the best guess without a message "
+        f"({escape(best)}) {best_error:.3f}",
         f"  {human_bytes(size)} per update, "
         f"{human_ratio(size / raw_size)} of {human_bytes(raw_size)}",
-        "  for comparison, the thresholds of an independent reproduction of the paper: "
-        + (f"missed are {escape('; '.join(unmet))}" if unmet else "all met"),
+        "  thresholds of an independent reproduction of the paper, which decide nothing here: "
+        + (f"not met: {escape('; '.join(unmet))}" if unmet else "all met"),
     ]
 
 

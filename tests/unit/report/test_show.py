@@ -287,7 +287,7 @@ def test_setup_lines_tell_both_verdicts() -> None:
         in words
     )
     assert "2.04 kB per update, 1/64 of 131 kB" in words
-    assert "reproduction of the paper: missed are innovation cosine >= 0.90" in words
+    assert "which decide nothing here: not met: innovation cosine >= 0.90" in words
     assert "failed: it is no contraction" in text_of(
         "\n".join(
             round_lines.setup_lines({"snapshots": 24, "gate": gate(["it is no contraction"])})
