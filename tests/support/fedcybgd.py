@@ -116,7 +116,7 @@ class Stage:
                 "partition": {"by": "column", "column": "client", "largest": sites},
             },
             "train": {"learning_rate": 3e-3, "max_steps": 2, "per_device_train_batch_size": 4},
-            "method": {"name": "fedcybgd", **(method or {})},
+            "method": {"name": "fedcybgd", "order": "ascending", **(method or {})},
             "codec": {"name": "identity"},
             "fleet": {
                 "workers": 1,

@@ -1,5 +1,5 @@
 """Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives
-values."""
+values, but for the order and the form of download, where others were measured to be better."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -29,11 +29,11 @@ class FedCyBgdConfig(MethodSettings):
     FedAvg."""
 
     name: Literal["fedcybgd"] = "fedcybgd"
-    order: Order = "ascending"
-    """Assignment of blocks to sites in a cycle: "ascending" (the paper's default) and "descending"
-    by number, "random", by a Latin square ("latin", or "latin-random" with sites and blocks
-    shuffled), "pairs" where the sites of a block start from one state (FedBAvg), or "full", one
-    block of all weights that goes from site to site."""
+    order: Order = "latin"
+    """Assignment of blocks to sites in a cycle: by a Latin square, in which every site meets every
+    block ("latin", or "latin-random" with sites and blocks shuffled), "ascending" (the paper's
+    default) and "descending" by number, "random", "pairs" where the sites of a block start from one
+    state (FedBAvg), or "full", one block of all weights that goes from site to site."""
     extra: tuple[Extra, ...] = ()
     """Blocks beside the decoder layers; the paper trains none of them."""
     layers_per_block: int = Field(1, ge=1, le=10**6)
