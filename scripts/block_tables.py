@@ -10,6 +10,7 @@ def block_losses() -> str:
         "contender": "contender",
         "learning_rate": "learning rate",
         "seeds": "seeds",
+        "rounds": "passes",
         "loss": "held-out loss",
         "loss_half": "±",
         "ratio": "of fed-full",

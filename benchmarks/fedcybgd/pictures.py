@@ -17,14 +17,21 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from benchmarks.fedcybgd.contenders import CYCLIC, FEDBAVG, INT8, REFERENCE
+from benchmarks.fedcybgd.contenders import (
+    CYCLIC,
+    EQUAL_BLOCKS,
+    FEDBAVG,
+    INT8,
+    LONGER,
+    REFERENCE,
+)
 from benchmarks.fedcybgd.memory import LLAMA_2_7B
 from benchmarks.fedcybgd.paper import ORDERS, PAPER, VISIT
 from benchmarks.fedcybgd.shapes import layout_of
 from benchmarks.report import Row
 from fluvial.methods.fedcybgd.blocks import partition
 from fluvial.methods.fedcybgd.memory import client_memory
-from fluvial.methods.fedcybgd.visit_sizes import Full, Proxy, Sizes
+from fluvial.methods.fedcybgd.visit_sizes import Full, OnDisk, Proxy, Sizes
 
 RESULTS = Path(__file__).parents[1] / "results"
 STYLE = {
@@ -44,6 +51,7 @@ BARS = {
     "Centralized-Cy": (CYCLIC, "exact"),
     "FedBAvg": (FEDBAVG, "exact"),
     "FedCyBGD": (INT8, "exact"),
+    "4 equal blocks,\n1.5 x passes": (LONGER, "equal"),
     "FedCyBGD, proxy 0.5": (None, "proxy"),
 }
 """Bars by title: the contender whose losses are drawn above a bar, and what a site holds."""
@@ -58,12 +66,16 @@ def stored(name: str) -> list[Row]:
 
 def large_bytes() -> dict[str, int]:
     """Return the memory of a site that tunes LLaMA-2-7B in half precision, by formula and by bar,
-    with one decoder layer in a block and no activations."""
+    with one decoder layer in a block, or equal blocks and the rest on disk, and no activations."""
     layout = layout_of(LLAMA_2_7B)
     sizes = Sizes.of(partition(layout), 0)
+    parts = partition(layout, extra=EQUAL_BLOCKS["extra"], num_blocks=EQUAL_BLOCKS["num_blocks"])
+    largest = max(range(len(parts)), key=lambda index: parts.blocks[index].numel)
+    equal = Sizes.of(parts, largest)
     held = {
         "full": client_memory(Sizes.full(layout.numel), Full(), width=2),
         "exact": client_memory(sizes, Full(), width=2),
+        "equal": client_memory(equal, OnDisk(Full()), width=2),
         "proxy": client_memory(sizes, Proxy(0.5), width=2),
     }
     return {title: held[kind].states for title, (_, kind) in BARS.items()}

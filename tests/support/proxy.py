@@ -75,7 +75,7 @@ class Tiny:
 
     def measured(self, prune: Prune) -> tuple[Anatomy, Scores]:
         anatomy = Anatomy.of(self.model, prune)
-        return anatomy, measure(self.model, anatomy, EXAMPLES, pad_token_id=0)
+        return anatomy, measure(self.model, anatomy, EXAMPLES, pad_token_id=0, moments=True)
 
     def plan(
         self, settings: ProxySettings, *trained: int, seed: int = 0, visit: int = 0

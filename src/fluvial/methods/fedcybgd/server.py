@@ -138,10 +138,17 @@ class FedCyBgdServer(SharedModelServer):
     @cached_property
     def _scores(self) -> Scores:
         """Scores of the base model on public text, so that a resumed run computes the same."""
+        config = self.config.download
+        assert isinstance(config, ProxyDownload)
         pool = self.context.open_pool()
         with pool.model(pool.base_state()) as model:
-            examples = self._sample("scores", CALIBRATION)
-            return measure(model, self._anatomy, examples, pad_token_id=pool.tokenizer.pad_token_id)
+            return measure(
+                model,
+                self._anatomy,
+                self._sample("scores", CALIBRATION),
+                pad_token_id=pool.tokenizer.pad_token_id,
+                moments=config.correction != "none",
+            )
 
     def _cosine(self, index: int, visit: str) -> float:
         """Return the cosine of a block's gradient through the download to the exact one."""

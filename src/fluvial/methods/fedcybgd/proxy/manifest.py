@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
+from torch import Tensor
 
 from fluvial.errors import WireError
 from fluvial.methods.fedcybgd.proxy.anatomy import Anatomy, Layer, Prunable
@@ -27,6 +28,9 @@ class Manifest:
     """Groups that stay in each pruned layer, in order."""
     gains: Mapping[int, float]
     """Factor on the change that a layer makes, where it is not 1."""
+    moments: Mapping[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    """Second moments of the neurons of each pruned layer whose output weights are corrected; known
+    to the server alone."""
 
     def values(self) -> dict[str, Any]:
         """Return the manifest for a message: units that stay are one bit each, in hexadecimal

@@ -64,21 +64,20 @@ def plan_proxy(
             "neuron more or less is a larger step; ask for more"
         )
 
+    pruned = [i for i, count in neurons.items() if count < mlps[i].units]
+    corrected = pruned if settings.correction == "least-squares" else []
     return Manifest(
         anatomy,
         tuple(trained),
         dropped,
-        {
-            i: highest(scores.neurons[i], count)
-            for i, count in neurons.items()
-            if count < mlps[i].units
-        },
+        {i: highest(scores.neurons[i], neurons[i]) for i in pruned},
         {
             i: highest(scores.groups[i], count)
             for i, count in groups.items()
             if count < heads[i].units
         },
         gains,
+        {i: scores.moments[i] for i in corrected},
     )
 
 

@@ -15,15 +15,38 @@ from fluvial.wire.tensors import Named
 
 def cut(state: Named, manifest: Manifest) -> Named:
     """Cut `state`, the weights by name, to what is sent: no dropped layer, and of pruned layers the
-    units that stay."""
+    units that stay, with output weights that stand in for the others where the manifest has
+    moments."""
     dropped = tuple(f"{manifest.anatomy.path}.{index}." for index in manifest.dropped)
     weights = {name: tensor for name, tensor in state.items() if not name.startswith(dropped)}
 
-    for name, (axis, entries) in _entries(manifest).items():
+    entries = _entries(manifest)
+    for index, moments in manifest.moments.items():
+        name = f"{manifest.anatomy.layers[index].mlp.out}.weight"
         if name in weights:
-            weights[name] = weights[name].index_select(axis, entries.to(weights[name].device))
+            axis, stay = entries.pop(name)
+            rows = weights[name].movedim(axis, 0)
+            weights[name] = compensated(rows, stay, moments).movedim(0, axis).contiguous()
+
+    for name, (axis, stay) in entries.items():
+        if name in weights:
+            weights[name] = weights[name].index_select(axis, stay.to(weights[name].device))
 
     return weights
+
+
+def compensated(rows: Tensor, stay: Tensor, moments: Tensor) -> Tensor:
+    """Return the output weights (stay, out) of the units that stay with which their activations
+    come closest, in squares over what `moments` (units, units) was summed, to the sum of all units
+    with `rows` (units, out).
+
+    They solve C[K, K] V = C[K, :] W, for moments C and units K that stay; the ridge of 1e-4 of the
+    mean square is ours.
+    """
+    among = moments[stay][:, stay]
+    ridge = 1e-4 * among.diagonal().mean() * torch.eye(len(stay), dtype=among.dtype)
+    solved: Tensor = torch.linalg.solve(among + ridge, moments[stay] @ rows.cpu().double())
+    return solved.to(rows.device, rows.dtype)
 
 
 def _entries(manifest: Manifest) -> dict[str, tuple[int, Tensor]]:

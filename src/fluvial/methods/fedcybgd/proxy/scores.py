@@ -27,19 +27,28 @@ class Scores:
     groups: tuple[Tensor, ...]
     """(groups,) of each layer, fp64: rms Euclidean norm of what the group adds to the stream; (0,)
     if not pruned."""
+    moments: tuple[Tensor, ...] = ()
+    """(neurons, neurons) of each layer, fp64: sum of the products of activations over tokens, where
+    it was asked for."""
 
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, anatomy: Anatomy, examples: Sequence[Example], *, pad_token_id: int
+    model: nn.Module,
+    anatomy: Anatomy,
+    examples: Sequence[Example],
+    *,
+    pad_token_id: int,
+    moments: bool = False,
 ) -> Scores:
-    """Return the scores of `model` over all tokens of `examples`, in one pass.
+    """Return the scores of `model` over all tokens of `examples`, in one pass; with the second
+    moments of neurons if `moments`.
 
     Block influence after Men et al., "ShortGPT", 2024, https://arxiv.org/abs/2403.03853, section 3;
     the others ours.
     """
     assert examples, "no examples"
-    meter = ScoreMeter(anatomy)
+    meter = ScoreMeter(anatomy, moments)
     handles = meter.attach(model)
     device = next(model.parameters()).device
 
@@ -58,8 +67,9 @@ def measure(
 class ScoreMeter:
     """Sums over tokens, by hooks."""
 
-    def __init__(self, anatomy: Anatomy) -> None:
+    def __init__(self, anatomy: Anatomy, moments: bool) -> None:
         self.anatomy = anatomy
+        self.crossed = [torch.zeros((), dtype=torch.float64) for _ in anatomy.layers if moments]
         self.read = torch.zeros(0, dtype=torch.bool)
         """(batch, seq): which positions of the batch count."""
         layers = range(len(anatomy.layers))
@@ -92,8 +102,12 @@ class ScoreMeter:
         self.cosines[index] += float(nn.functional.cosine_similarity(before, after, dim=-1).sum())
 
     def _see_neurons(self, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        squares = args[0][self.read].float().square().sum(0).double()
+        hidden = args[0][self.read].float()
+        squares = hidden.square().sum(0).double()
         self.squares[index] = self.squares[index].to(squares.device) + squares
+        if self.crossed:
+            products = (hidden.T @ hidden).double()
+            self.crossed[index] = self.crossed[index].to(products.device) + products
 
     def _see_groups(self, index: int, _module: nn.Module, args: tuple[Any, ...]) -> None:
         prunable = self.anatomy.layers[index].attention
@@ -123,7 +137,10 @@ class ScoreMeter:
             groups.append(energy.clamp(min=0).sqrt().cpu())
 
         return Scores(
-            tuple(1 - cosine / tokens for cosine in self.cosines), tuple(neurons), tuple(groups)
+            tuple(1 - cosine / tokens for cosine in self.cosines),
+            tuple(neurons),
+            tuple(groups),
+            tuple(products.cpu() for products in self.crossed),
         )
 
 

@@ -8,6 +8,7 @@ from pydantic import Field
 from fluvial.settings import Settings
 
 Prune = Literal["neurons", "neurons and heads"]
+Correction = Literal["none", "least-squares"]
 
 TOLERANCE = 0.01
 """Share of the requested parameters by which a proxy may miss them."""
@@ -28,6 +29,10 @@ class ProxySettings(Settings):
     multiple: int = Field(64, ge=1, le=10**6)
     """Divisor of the number of neurons that stay in a pruned layer; it is halved, and halved again,
     where `kept` cannot be met otherwise."""
+    correction: Correction = "none"
+    """Change of the output weights of an MLP's neurons that stay: none, or the least-squares one
+    (ours), with which they stand in for the neurons that are not sent. It costs no byte; the server
+    keeps a matrix of neurons by neurons for every layer."""
     randomised: bool = False
     """Random choice of the dropped layers in every visit. What a layer that stays adds to the
     stream is divided by its chance to stay, so that the expectation is what the whole model
@@ -42,7 +47,7 @@ class ProxySettings(Settings):
                 f"at most {1 - self.drop:.4g}, or drop at most {1 - self.kept:.4g}"
             )
 
-        for name in ("prune", "multiple"):
+        for name in ("prune", "multiple", "correction"):
             if self.kept == 1 and getattr(self, name) != type(self).model_fields[name].default:
                 yield f"{name}: without effect under kept=1; remove it"
 
