@@ -175,8 +175,7 @@ def choose(
     if uplink is None or plain is None:
         return _least_error(settings, measured, layout, use)
 
-    limit_s = _round_s(plain, uplink)
-    worth = {name: each for name, each in measured.items() if _round_s(each, uplink) <= limit_s}
+    worth = {name: each for name, each in measured.items() if worth_its_time(each, plain, uplink)}
     timed: list[Measured | Plain] = [*measured.values(), plain]
     words = [_time_words(each, uplink) for each in timed]
     times = f"coding + upload at {uplink:g} Mbit/s: {', '.join(words)}"
@@ -286,6 +285,11 @@ class Watch:
 
 def _upload_s(frame_bytes: float, uplink_mbps: float) -> float:
     return 8 * frame_bytes / (1e6 * uplink_mbps)
+
+
+def worth_its_time(codec: Measured, plain: Plain, uplink_mbps: float) -> bool:
+    """Return whether a codec codes and sends an update as soon as `plain` does."""
+    return _round_s(codec, uplink_mbps) <= _round_s(plain, uplink_mbps)
 
 
 def _round_s(codec: Measured | Plain, uplink_mbps: float) -> float:

@@ -5,12 +5,22 @@ earlier ones and measured on the later ones; under `codec.name = "auto"` each ca
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from fluvial.codecs import CODECS, CodecSettings, build, read_settings
-from fluvial.codecs.auto import AutoSettings, Measured, Plain, Use, Watch, candidates, choose
+from fluvial.codecs.auto import (
+    AutoSettings,
+    Measured,
+    Plain,
+    Use,
+    Watch,
+    candidates,
+    choose,
+    worth_its_time,
+)
 from fluvial.codecs.base import Codec, LearnedCodec, Snapshot
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.klt.moments import MomentCodec, Moments
@@ -194,7 +204,8 @@ def choose_codec(
     """Return the best of the candidates that can be fitted; raise `ConfigError` if none can."""
     measured: dict[str, Measured] = {}
     fitted: dict[str, tuple[Codec, GateReport]] = {}
-    timed = settings.uplink_mbps is not None and settings.rate is None
+    uplink = settings.uplink_mbps if settings.rate is None else None
+    plain = None if uplink is None else _plain(settings, layout)
 
     for values in candidates(settings, layout, use):
         try:
@@ -204,15 +215,21 @@ def choose_codec(
             logger.info("auto: %s is no candidate: %s", values["name"], error)
             continue
 
+        taken_s = 0.0 if plain is None else coding_s(codec)
+        if plain is not None and uplink is not None and not CODECS[candidate.name].learned:
+            slow = _unmeasured(codec, taken_s)
+            if not worth_its_time(slow, plain, uplink):
+                measured[candidate.name] = slow  # its errors, which take long, decide nothing
+                continue
+
         report = updates.measure(codec, fed_back=candidate.error_feedback)
         fitted[candidate.name] = codec, report
-        measured[candidate.name] = _measured(codec, report, timed=timed)
+        measured[candidate.name] = _measured(codec, report, taken_s)
 
     if not measured:
         rate = settings.target(layout)
         raise ConfigError(f"codec: no codec reaches rate {rate:g} on this layout")
 
-    plain = _plain(settings, layout) if timed else None
     choice = choose(settings, measured, layout, use, plain)
     logger.info("auto: %s", choice.reason)
     if choice.codec.name not in fitted:
@@ -228,7 +245,7 @@ def choose_codec(
     if not choice.codec.error_feedback:
         return Chosen(codec, report, None, reason)
 
-    errors = [result.error for name, result in measured.items() if not CODECS[name].learned]
+    errors = [measured[name].error for name in fitted.keys() & measured if not CODECS[name].learned]
     # Where the rate follows the error, it says nothing about the codec.
     compared = isinstance(codec, LearnedCodec) and not settings.snr_driven
     watch = Watch(min(errors, default=1.0), compared)
@@ -260,8 +277,14 @@ def _plain(settings: AutoSettings, layout: Layout) -> Plain:
     return Plain(plain, codec.frame_size(plain, layout), coding_s(codec))
 
 
-def _measured(codec: Codec, report: GateReport, *, timed: bool) -> Measured:
-    """Return the errors of a candidate, and what it sends; `timed`, also how long it takes."""
+def _unmeasured(codec: Codec, taken_s: float) -> Measured:
+    """Return what is known of a candidate before its errors are measured."""
+    size = codec.frame_size(codec.settings, codec.layout)
+    return Measured(codec.settings, math.inf, size, 0, math.inf, taken_s)
+
+
+def _measured(codec: Codec, report: GateReport, taken_s: float) -> Measured:
+    """Return the errors of a candidate that takes `taken_s` to code, and what it sends."""
     published_bytes = 0
     if isinstance(codec, LearnedCodec):
         half = published(codec, 1, decoder=codec.settings.error_feedback)
@@ -273,5 +296,5 @@ def _measured(codec: Codec, report: GateReport, *, timed: bool) -> Measured:
         frame_bytes=report.bytes_per_update,
         published_bytes=published_bytes,
         aggregate_error=report.errors.aggregate,
-        coding_s=coding_s(codec) if timed else 0.0,
+        coding_s=taken_s,
     )
