@@ -1,15 +1,20 @@
-"""Seconds that a codec takes for an update on this machine, measured when they are asked for."""
+"""Seconds that a codec takes for an update on this machine, and its code loaded ahead of the first
+update."""
 
 import time
 from collections.abc import Callable
 
 import torch
 
-from fluvial.codecs.base import Codec
+from fluvial.codecs import build
+from fluvial.codecs.base import Codec, CodecSettings
 from fluvial.seeds import generator
+from fluvial.wire.tensors import Layout
 
 Clock = Callable[[], float]
 
+SAMPLE = 2**16
+"""Values of the update for which a codec is loaded, at least where the layout has them."""
 ENOUGH_S = 0.2
 """Calls are repeated until they have taken about this long together."""
 
@@ -33,3 +38,19 @@ def coding_s(codec: Codec, clock: Clock = time.perf_counter) -> float:
         fastest = min(fastest, ended - started)
         if ended - since >= ENOUGH_S:
             return fastest
+
+
+def loaded(settings: CodecSettings, layout: Layout) -> None:
+    """Load what codes updates of `layout`, by coding a small one.
+
+    A process forked afterwards has it. Raises `ConfigError` for a codec that needs a fit, or whose
+    rate leaves the small update no bytes.
+    """
+    shapes = list(layout.shapes)
+    while len(shapes) > 1 and Layout(tuple(shapes[:-1])).numel >= SAMPLE:
+        shapes.pop()
+
+    sample = Layout(tuple(shapes))
+    vector = torch.randn(sample.numel, generator=generator(0, "loaded"))
+    codec = build(settings, sample)
+    codec.decode(codec.encode(sample.unflatten(vector)))

@@ -8,8 +8,10 @@ be imported.
 import importlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import ParamSpec, TypeVar
 
@@ -47,12 +49,31 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
     return kernel
 
 
+_alone: ContextVar[bool] = ContextVar("_alone", default=False)
+"""True while nothing else of the run works on this machine."""
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let `over_cores` use every core meanwhile, however few threads torch may use.
+
+    It is for work beside which no site of this process works. Frames have the same bits.
+    """
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def over_cores(work: Callable[[int, int], None], count: int) -> None:
-    """Call `work(start, stop)` over 0 to `count`, a share for each thread that torch may use here.
+    """Call `work(start, stop)` over 0 to `count`, a share for each thread that torch may use here,
+    or under `all_cores` for each core.
 
     Threads are of this call: none is left when a process forks, as Flower's do.
     """
-    threads = max(min(torch.get_num_threads(), _cores(), count), 1)
+    most = _cores() if _alone.get() else min(torch.get_num_threads(), _cores())
+    threads = max(min(most, count), 1)
     if threads == 1:
         work(0, count)
         return

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from fluvial.codecs import compiled
+from fluvial.codecs.coding_time import loaded
 from fluvial.codecs.rotated import paths, paths_numpy, paths_torch
 from fluvial.codecs.rotated.trellis import Trellis, TrellisSettings
 from fluvial.wire.tensors import Layout
@@ -130,6 +131,24 @@ def test_threads_and_callers_change_no_path(threads: int, monkeypatch: pytest.Mo
     assert all(np.array_equal(path, expected) for path in found)
 
 
+def test_all_cores_are_used_on_request_and_change_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread of torch and three cores: one share, then three, then one again."""
+    values = gaussian(20_000, 3)
+    expected, _ = paths.search(values, 9_000, 6)
+    monkeypatch.setattr(compiled, "_cores", lambda: 3)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+
+    def shares() -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        compiled.over_cores(lambda start, stop: found.append((start, stop)), 9)
+        return sorted(found)
+
+    with compiled.all_cores():
+        assert shares() == [(0, 3), (3, 6), (6, 9)]
+        assert np.array_equal(paths.search(values, 9_000, 6)[0], expected)
+    assert shares() == [(0, 9)]
+
+
 def test_an_error_in_one_share_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_cores", lambda: 2)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
@@ -207,3 +226,18 @@ def test_without_numba_a_warning_says_so(
 
     assert len(caplog.records) == 1
     assert "numba cannot be imported" in caplog.text
+
+
+def test_a_codec_is_loaded_by_a_small_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tensors that hold 2^16 values, of a layout with twenty times as many."""
+    coded: list[int] = []
+    body = Trellis.body
+
+    def noted(self: Trellis, vector: torch.Tensor, seed: int) -> bytes:
+        coded.append(len(vector))
+        return body(self, vector, seed)
+
+    monkeypatch.setattr(Trellis, "body", noted)
+    layout = Layout(tuple((f"{number:02d}", (256, 64)) for number in range(80)))
+    loaded(TrellisSettings(rate=64), layout)
+    assert coded == [2**16]
