@@ -396,7 +396,11 @@ def outcome(table: Table, folder: Path) -> str:
     """Everything that a setting may change, but time and memory."""
     result = run_table(table, folder)
     records = [
-        {key: value for key, value in record.items() if key not in ("seconds", "predicted")}
+        {
+            key: value
+            for key, value in record.items()
+            if key not in ("seconds", "times", "predicted")
+        }
         for record in RunFolder(folder).metrics()
     ]
     kept = ("adapter_sha256", "model_sha256", "bytes", "heldout", "setup", "samples")

@@ -62,9 +62,11 @@ def encode(
 
     Slots are those of the coder with `suffix`, for a site with several layouts.
     """
-    before = {slot: site.recall(slot + suffix) for slot in coder.slots}
-    seed = derive(site.seed, "codec", round, site.name)
-    frame, after = coder.encode(update, before, seed=seed, round=round)
+    with site.stopwatch.time("coding"):
+        before = {slot: site.recall(slot + suffix) for slot in coder.slots}
+        seed = derive(site.seed, "codec", round, site.name)
+        frame, after = coder.encode(update, before, seed=seed, round=round)
+
     for slot, payload in after.items():
         site.keep(slot + suffix, payload)
 
@@ -152,7 +154,8 @@ def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | N
     Then the answer is `STALE`. Raises `WireError` for a message that the server's half did not
     make.
     """
-    adapter = receive(site, message, terms.factors)
+    with site.stopwatch.time("coding"):
+        adapter = receive(site, message, terms.factors)
     if adapter is None:
         return None
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from fluvial.codecs.compiled import all_cores
 from fluvial.errors import ConfigError, WireError, wrong_return
 from fluvial.exchange.checks import check_unequal
 from fluvial.exchange.fitting import OnRefusal
@@ -111,7 +112,8 @@ class Exchange:
         `close`.
         """
         self._check(self.link, adapter)
-        self.link.begin(adapter, round)
+        with fleet.times.server.time("coding"), all_cores():
+            self.link.begin(adapter, round)
         yield from self._gather(fleet, dict.fromkeys(cohort, self.link), round)
 
     def assigned_updates(
@@ -133,7 +135,8 @@ class Exchange:
         for assignment, link in links.items():
             adapter = adapter_of(assignment)
             self._check(link, adapter)
-            link.begin(adapter, round)
+            with fleet.times.server.time("coding"), all_cores():
+                link.begin(adapter, round)
 
         by_site = {site: links[assignment] for site, assignment in assignments.items()}
         yield from self._gather(fleet, by_site, round)

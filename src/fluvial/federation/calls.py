@@ -16,6 +16,7 @@ from fluvial.errors import WireError
 from fluvial.federation.dispatch import Dispatcher
 from fluvial.federation.failures import Failure, unreadable
 from fluvial.federation.meter import Meter
+from fluvial.federation.times import RoundTimes
 from fluvial.federation.transport import Arrival, Request
 from fluvial.federation.turns import Idle, Reply, Turn
 from fluvial.wire.payload import Limits, Payload
@@ -82,6 +83,7 @@ class Call(Generic[H, T]):
         dispatcher: Dispatcher,
         failed: Callable[[Failure, int | None], bool],
         meter: Meter,
+        times: RoundTimes,
         limits: Limits,
     ) -> None:
         """`failed` takes a failure and the number of the attempt, None for one that no other may
@@ -97,6 +99,7 @@ class Call(Generic[H, T]):
         self._dispatcher = dispatcher
         self._failed = failed
         self._meter = meter
+        self._times = times
         self._limits = limits
         self._wires = Wires(messages)
         self._num_asked = len(messages)
@@ -207,6 +210,7 @@ class Call(Generic[H, T]):
         """Count and read what arrived; return None where the site has failed, or only waits."""
         exchange = self._open[arrival.number]
         site = exchange.request.site
+        arrived_s = self._dispatcher.clock()
         exchange.works = arrival.goes_on
         if not (arrival.final or arrival.data or arrival.problem):
             return None
@@ -232,7 +236,8 @@ class Call(Generic[H, T]):
 
                 if exchange.unanswered:
                     raise WireError("it answered the task while its turn had no answer")
-                content = self._read(site, payload)
+                with self._times.server.time("decoding"):
+                    content = self._read(site, payload)
             except Exception as problem:
                 reason = unreadable(problem)
 
@@ -254,6 +259,8 @@ class Call(Generic[H, T]):
         )
         assert exchange.began_s is not None
         seconds = self._dispatcher.clock() - exchange.began_s
+        took_s = arrived_s - exchange.began_s
+        self._times.answered(site, self._task, took_s, arrival.times)
 
         return Reply(site, content, exchange.bytes_down, exchange.bytes_up, seconds)
 

@@ -18,6 +18,7 @@ from fluvial.federation.config import FleetConfig
 from fluvial.federation.dispatch import Dispatcher
 from fluvial.federation.failures import Failure
 from fluvial.federation.meter import Meter
+from fluvial.federation.times import RoundTimes
 from fluvial.federation.transport import Transport
 from fluvial.federation.turns import Idle, Reply, Turn
 from fluvial.wire.payload import Limits, Payload, Value
@@ -55,6 +56,7 @@ class Fleet:
         self.config = config or FleetConfig()
         self.clock = clock
         self.meter = Meter()
+        self.times = RoundTimes()
         self.failures: list[Failure] = []
         self._limits = limits or Limits()
         self._dispatcher = Dispatcher(transport, clock, self.config.deadline_s)
@@ -129,6 +131,7 @@ class Fleet:
             dispatcher=self._dispatcher,
             failed=self.failed,
             meter=self.meter,
+            times=self.times,
             limits=self._limits,
         )
         yield from call.events()

@@ -287,6 +287,7 @@ class InProcess:
         what may leave a site."""
         site = visit.site
         name = site.of_method(f"task {request.task!r}")
+        began_s = time.perf_counter()
 
         def ahead(turn: object) -> None:
             data = checked_answer(turn, name, final=False).to_bytes()
@@ -299,9 +300,11 @@ class InProcess:
 
             answer, final = visit.running.step(message, ahead)
             if answer is None and not final:
+                site.stopwatch.add("work", time.perf_counter() - began_s)
                 return Arrival(request.number, b"", final=False)
             data = checked_answer(answer, name, final=final).to_bytes()
-            return Arrival(request.number, data, final=final)
+            site.stopwatch.add("work", time.perf_counter() - began_s)
+            return Arrival(request.number, data, final=final, times=site.stopwatch.seconds)
         except _Stopped:
             raise
         except BaseException as problem:

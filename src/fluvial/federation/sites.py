@@ -13,6 +13,7 @@ from fluvial.data import Example, SiteData
 from fluvial.errors import ConfigError, WireError
 from fluvial.federation.store import StateStore
 from fluvial.federation.talk import Talk
+from fluvial.federation.times import Stopwatch
 from fluvial.federation.transfers import Transfers
 from fluvial.models.assignment import KEY, Assignment
 from fluvial.models.generation import count_too_long
@@ -56,6 +57,8 @@ class Site:
     """Most memory of the site's training, in 10^6 bytes, as its operator says; None without."""
     transfers: Transfers = field(default_factory=Transfers)
     """Rates of the site's link, as its messages showed them."""
+    stopwatch: Stopwatch = field(default_factory=Stopwatch)
+    """Seconds of the parts of the site's work on this message."""
     assigned: Assignment | None = None
     """Assignment that a message brought; None for the run's own."""
 
@@ -186,7 +189,8 @@ def train_locally(
     stream = (site.seed, purpose, round, site.name)
     job = Job(received, factors, examples, settings, assignment, stream)
     start = pool.weights(received, assignment)
-    report = train_job(pool, job, start, watch)
+    with site.stopwatch.time("training"):
+        report = train_job(pool, job, start, watch)
 
     return subtract(report.weights, start), report
 

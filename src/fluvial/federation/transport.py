@@ -5,7 +5,8 @@ carries bytes only, so a site sees nothing but the content of its messages and o
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,6 +50,8 @@ class Arrival:
     goes_on: bool = False
     """True for a turn after which the site works on before it waits for an answer; a transport
     whose slots are as many as its sites need not tell."""
+    times: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the site reports of its work, by part (see `times`); none where it does not."""
 
 
 class Transport(Protocol):

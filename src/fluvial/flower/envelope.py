@@ -7,12 +7,15 @@ that no program unpickles it: six objects, and more above 5 MB. The SuperLink th
 for many sites once.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fluvial.errors import ClientError, WireError
 from fluvial.federation.failures import reason_of
+from fluvial.federation.times import read_list
 
 STYPE = "fluvial.wire.payload.2"
 SMALL = 2**18
@@ -69,9 +72,20 @@ def _array(message: Message) -> bytes:
     return bytes(array.data)
 
 
-def open_reply(reply: Message, *, max_bytes: int) -> tuple[bytes, bool]:
-    """Return the payload of a reply, serialised, and whether the site keeps something that a later
-    message needs.
+@dataclass(frozen=True)
+class Opened:
+    """Content of a reply."""
+
+    data: bytes
+    """Payload, serialised."""
+    kept: bool
+    """True where the site keeps something that a later message needs."""
+    times: Mapping[str, float]
+    """Seconds that the site reports of its work, by part."""
+
+
+def open_reply(reply: Message, *, max_bytes: int) -> Opened:
+    """Return what a reply holds.
 
     Raises `ClientError` with the site's own text, or Flower's, if the site failed, and `WireError`.
     """
@@ -85,7 +99,7 @@ def open_reply(reply: Message, *, max_bytes: int) -> tuple[bytes, bool]:
     if error:
         raise ClientError(error[:4000])
 
-    return data, header.get("kept") is True
+    return Opened(data, header.get("kept") is True, read_list(header.get("times")))
 
 
 def flower_error(reply: Message) -> str:

@@ -37,6 +37,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
 from fluvial.errors import ClientError, RefusalError
+from fluvial.federation.times import to_list
 from fluvial.flower import OUT_OF_STEP
 from fluvial.flower.envelope import pack, size_of
 from fluvial.flower.site import respond, site_process
@@ -128,15 +129,24 @@ def _task(runtime_api: str, token: str, tasks: Tasks, site: SiteFile, *, residen
         with _beating(client):
             began_s = time.monotonic()
             message, context = pull(client, tasks)
-            transfers.received(size_of(message.content), time.monotonic() - began_s)
+            download_s = time.monotonic() - began_s
+            transfers.received(size_of(message.content), download_s)
+            began_s = time.monotonic()
             if not resident:
                 _prepare(site)
+            prepare_s = time.monotonic() - began_s
 
         child = None if resident else _fork(site, message)  # while this process has no other thread
         with _beating(client):
             data, header = (
                 _collect(child, site, message.metadata.ttl) if child else respond(site, message)
             )
+            if "times" in header:
+                more = {"work": prepare_s, "download": download_s}
+                header["times"] = [
+                    own + further
+                    for own, further in zip(header["times"], to_list(more), strict=True)
+                ]
             reply = Message(pack(data, header), reply_to=message)
             began_s = time.monotonic()
             _hand_over(client, tasks, reply, context)

@@ -148,7 +148,7 @@ class Nodes:
 
     def _name(self, node: int, reply: Message) -> str:
         """Return the name of a node's site; raise `ClientError` if it may not take part."""
-        data, _ = open_reply(reply, max_bytes=_MAX_BYTES)
+        data = open_reply(reply, max_bytes=_MAX_BYTES).data
         answer = Payload.from_bytes(data, self._limits)
         name: str = answer.value("site", str)
         prints = answer.value("prints", dict)

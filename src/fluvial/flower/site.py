@@ -1,6 +1,7 @@
 """The site's half of a deployment, which turns Flower's messages into those of a `SiteProcess`."""
 
 import logging
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fluvial.errors import RefusalError
+from fluvial.federation.times import to_list
 from fluvial.flower.channel_keys import site_end
 from fluvial.flower.envelope import pack, unpack
 from fluvial.flower.programs import split_address
@@ -52,6 +54,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     """Return payload and header of the reply to one message; the header holds an error, if any."""
     here = site_process(site)
     header = None
+    began_s = time.perf_counter()
 
     try:
         wire, values = unpack(message, max_bytes=Limits().max_bytes)
@@ -67,7 +70,11 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
         logger.warning("site %s: %s", site.name, error)
         return b"", {"error": error}
 
-    return answer.data, {"error": "", "kept": answer.kept}
+    told: dict[str, Any] = {"error": "", "kept": answer.kept}
+    if answer.times is not None:
+        work_s = time.perf_counter() - began_s - answer.times.get("waiting", 0.0)
+        told["times"] = to_list({**answer.times, "work": work_s})
+    return answer.data, told
 
 
 def caller(site: SiteFile, invitation: Invitation, run: str) -> StreamCaller:

@@ -295,7 +295,7 @@ class FlowerTransport:
             return Arrival(number, b"", flower_error(reply))
 
         try:
-            data, letter.kept = open_reply(reply, max_bytes=self._limits.max_bytes)
+            opened = open_reply(reply, max_bytes=self._limits.max_bytes)
         except ClientError as words:
             text = str(words)
             reason = reason_of(text) or "it gave no reason"
@@ -303,13 +303,14 @@ class FlowerTransport:
         except Exception as problem:
             return Arrival(number, b"", unreadable(problem))
 
-        if data == UNKNOWN_RUN.to_bytes() and not letter.greeted_again:
+        letter.kept = opened.kept
+        if opened.data == UNKNOWN_RUN.to_bytes() and not letter.greeted_again:
             letter.greeted_again = True
             self._nodes.greet_again(letter.request.site)
             self._hold(letter)
             return None
 
-        return Arrival(number, data)
+        return Arrival(number, opened.data, times=opened.times)
 
     def _greet(self, node: int) -> str:
         ttl_s = _SPARE_S + self._join_timeout_s

@@ -37,6 +37,7 @@ from fluvial.report.result_tables import (
     too_long_words,
     with_compared,
 )
+from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import plans_by_site, predicted_by_site
 from fluvial.storage.files import write_whole
 from fluvial.storage.run_files import JsonObject
@@ -132,6 +133,7 @@ def _content(run: JsonObject) -> JsonObject:
         leakage_by_attack(result or {}),
         plans_by_site(setup),
         predicted_by_site(metrics),
+        round_times(metrics),
         aggregation_by_module(metrics, modules=MODULES),
         fairness_by_round(metrics, rounds=ROUNDS),
     )

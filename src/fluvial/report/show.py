@@ -20,6 +20,7 @@ from fluvial.report.result_tables import (
     with_compared,
 )
 from fluvial.report.round_lines import round_header, round_line, setup_lines
+from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import predicted_by_site
 from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
@@ -55,6 +56,7 @@ def run_tables(run: JsonObject) -> Group:
         cross_site_table(result or {}),
         leakage_by_attack(result or {}),
         predicted_by_site(metrics),
+        round_times(metrics),
     ):
         if excerpt:
             # The title stands outside of the table, which would wrap it to its own width.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from fluvial.errors import ConfigError
 
 MEASURED = frozenset(
-    {"round", "seconds", "bytes_up", "bytes_down", "bytes", "missing", "asked_again"}
+    {"round", "seconds", "times", "bytes_up", "bytes_down", "bytes", "missing", "asked_again"}
 )
 """Names in the record of a round whose values the run measures itself."""
 

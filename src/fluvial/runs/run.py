@@ -231,6 +231,7 @@ class Run:
                 self.folder.write_json(SETUP, self.setup)
             self.setup_bytes = dict(self.fleet.meter.totals)
             self.fleet.meter.close_round()
+            self.fleet.times.close_round()
             self._save(0)
             done = 0
             yield Event(name, "setup", self.setup)
@@ -259,10 +260,12 @@ class Run:
 
         failures = self.fleet.failures[known:]
         by_site = self.fleet.meter.close_round()
+        times = self.fleet.times.close_round()
         record = {
             **metrics,
             "round": number,
             "seconds": time.perf_counter() - started,
+            "times": times,
             "bytes_up": sum(directed(sizes, "up") for sizes in by_site.values()),
             "bytes_down": sum(directed(sizes, "down") for sizes in by_site.values()),
             "bytes": {

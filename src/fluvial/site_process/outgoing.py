@@ -48,7 +48,7 @@ class OutgoingLog:
         self._bytes[key] = self._bytes.get(key, 0) + entry["bytes"]
 
     def write_answer(
-        self, header: Header, answer: Payload, data: bytes, labels: dict[str, str]
+        self, header: Header, answer: Payload, data: bytes, labels: dict[str, Any]
     ) -> None:
         """Log an answer and its bytes `data`, with shapes of tensors and names of values."""
         self._write(

@@ -9,16 +9,22 @@ what must be equal, and the site's own file decides whether it takes part.
 import fnmatch
 import hashlib
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 
+from fluvial.codecs import must_learn, read_settings
+from fluvial.codecs.auto import AutoSettings, Use, candidates
+from fluvial.codecs.coding_time import loaded
+from fluvial.codecs.compiled import all_cores
 from fluvial.data import POOLED, SiteTexts
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
+from fluvial.federation.sites import Site
 from fluvial.federation.talk import conversed, only_answer
 from fluvial.federation.transfers import Transfers
 from fluvial.models.fingerprints import fingerprints
@@ -49,6 +55,8 @@ class Answer:
     """Bytes of the answer's payload."""
     kept: bool
     """True if the site keeps state that a later message of the run needs."""
+    times: Mapping[str, float] | None = field(default=None, compare=False)
+    """Seconds of parts of the work; None where epsilon counts all that the site sends."""
 
 
 class Stream(Protocol):
@@ -76,9 +84,11 @@ class SiteProcess:
         self._outgoing = OutgoingLog(site.folder)
         self._pools: dict[str, ModelPool] = {}
         self._texts: dict[str, SiteTexts] = {}
+        self._codecs: set[str] = set()
+        """Names of the codecs that are loaded."""
 
     def prepare(self) -> None:
-        """Load the base model of the newest run, so that processes forked from this one have it."""
+        """Load base model and codecs of the newest run, so that forks of this process have them."""
         paths = sorted(
             self.site.folder.glob(f"runs/*/{NAME}"), key=lambda path: path.stat().st_mtime
         )
@@ -86,7 +96,9 @@ class SiteProcess:
 
         if sent is not None:
             config = at_site(sent, self.site)
-            self._records(config, self._pool(config))
+            pool = self._pool(config)
+            self._records(config, pool)
+            self._load_codecs(config, pool)
 
     def answer(self, header: Header, wire: bytes, stream: Stream | None = None) -> Answer:
         """Return the answer to one message; raise what the task raises.
@@ -116,15 +128,17 @@ class SiteProcess:
         task = partial(tasks[header.task], site)
         name = site.of_method(f"task {header.task!r}")
         if stream is None:
-            reply = only_answer(task(message), name)
+            with all_cores():  # the server waits, and a machine has one site as a rule
+                reply = only_answer(task(message), name)
         else:
             turns = config.method.turns_waited(config.train)
             stream.within_s = config.fleet.answer_within_s(turns)
             send = partial(self._send, header, config, stream)
-            receive = partial(self._receive, stream)
+            receive = partial(self._receive, stream, site)
             reply = conversed(task, message, send, receive, name)
 
-        answer = self._release(header, reply, config, kept=bool(site.kept))
+        times = None if _is_private_at_site(config) else site.stopwatch.seconds
+        answer = self._release(header, reply, config, kept=bool(site.kept), times=times)
         journal.post(header, site.kept)
 
         return answer
@@ -213,13 +227,28 @@ class SiteProcess:
     def _pool(self, config: RunConfig) -> ModelPool:
         key = f"{config.model!r} {config.adapter!r} {config.data.packing}"
         if key not in self._pools:
+            self._pools = {}  # one base at a time
             pool = ModelPool(config.model, config.adapter)
             held = config.entry.held(config.method, pool, self._name(config), self.site.memory_mb)
             pool.load(held)
             if config.data.packing and not pool.full:  # else the server checks the whole model
                 pool.check_packing(held)
-            self._pools = {key: pool}  # one base at a time
+            self._pools[key] = pool
         return self._pools[key]
+
+    def _load_codecs(self, config: RunConfig, pool: ModelPool) -> None:
+        """Load what codes both ways, once, so that processes forked from this one have it."""
+        for settings in (config.coding, config.downlink):
+            if isinstance(settings, AutoSettings):
+                use = Use(config.rounds)
+                settings = read_settings(candidates(settings, pool.layout, use)[0])
+            if settings is None or must_learn(settings) or settings.name in self._codecs:
+                continue
+            self._codecs.add(settings.name)
+            try:
+                loaded(settings, pool.layout)
+            except ConfigError as error:  # a rate that suits the whole layout only
+                logger.debug("codec %s is loaded with the first update: %s", settings.name, error)
 
     def _records(self, config: RunConfig, pool: ModelPool) -> Records:
         """Return the site's records.
@@ -250,9 +279,10 @@ class SiteProcess:
         """Send a turn, which is logged before it leaves."""
         stream.send(self._release(header, turn, config).data)
 
-    def _receive(self, stream: Stream) -> Payload:
+    def _receive(self, stream: Stream, site: Site) -> Payload:
         """Return the server's next answer."""
-        return Payload.from_bytes(stream.receive(), self.limits)
+        with site.stopwatch.time("waiting"):
+            return Payload.from_bytes(stream.receive(), self.limits)
 
     def _release(
         self,
@@ -261,6 +291,7 @@ class SiteProcess:
         config: RunConfig | None = None,
         *,
         kept: bool = False,
+        times: Mapping[str, float] | None = None,
     ) -> Answer:
         """Log an answer before it leaves; raise `RefusalError` if it exceeds the site's bound."""
         data = answer.to_bytes()
@@ -272,12 +303,14 @@ class SiteProcess:
                 f"{len(data)} exceeds it"
             )
 
-        labels = {}
+        labels: dict[str, Any] = {}
         if config is not None:
             labels = {"method": config.method.name, "codec": config.coding.name}
+        if times is not None:
+            labels["seconds"] = {part: round(seconds, 3) for part, seconds in times.items()}
         self._outgoing.write_answer(header, answer, data, labels)
 
-        return Answer(data, kept)
+        return Answer(data, kept, times)
 
 
 class _UnreadableRecords:

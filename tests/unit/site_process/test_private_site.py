@@ -331,7 +331,9 @@ def test_a_run_cannot_hide_what_it_spent_behind_a_smaller_promise(
     )
     header = Header(run="one", task="train", round=1, session="one", seq=2, ack=0, base=-1)
     join(run_config, tmp_path / "site", run="one", method=at(7.0))  # nothing left the site yet
-    process.answer(header, adapter_message(start, round=1).to_bytes())
+    answer = process.answer(header, adapter_message(start, round=1).to_bytes())
+    assert answer.times is None, "seconds are no part of what epsilon counts"
+    assert '"seconds"' not in (tmp_path / "site" / "outgoing.jsonl").read_text()
 
     with pytest.raises(
         PrivacyError, match="this run made releases under epsilon 7 .*; begin a new"

@@ -17,6 +17,7 @@ import fluvial.models.fingerprints
 import fluvial.site_process.journal
 import fluvial.site_process.process
 import fluvial.storage.files
+from fluvial.codecs import CodecSettings, coding_time
 from fluvial.data import SiteTexts
 from fluvial.errors import ConfigError, FluvialError, RefusalError, WireError
 from fluvial.federation.sites import Site, adapter_message
@@ -30,6 +31,7 @@ from fluvial.site_process.journal import Header, Journal
 from fluvial.site_process.process import JOIN, UNKNOWN_RUN, SiteProcess
 from fluvial.site_process.site_file import read_site_file
 from fluvial.wire.payload import Limits, Payload
+from fluvial.wire.tensors import Layout
 from tests.support.site_process import SITE, Killed, header, site_file
 
 # -- header --------------------------------------------------------------------------------------
@@ -140,6 +142,52 @@ def test_cold_and_warm_answers_are_the_same(
     last = header(round=4, seq=4, ack=3)
     cold = SiteProcess(site_file(tmp_path / "cold"))
     assert prepared.answer(last, training(pool, 4)) == cold.answer(last, training(pool, 4))
+
+
+@pytest.mark.parametrize(
+    ("codec", "names"),
+    [
+        ({"name": "trellis", "rate": 8}, ["trellis", "hadamard"]),
+        ({"name": "auto"}, ["trellis", "hadamard"]),
+        ({"name": "klt", "rate": 8}, ["hadamard"]),
+    ],
+)
+def test_forks_find_the_codecs_loaded(
+    codec: dict[str, Any],
+    names: list[str],
+    table: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The process that forks codes a small update, once; a codec that learns has nothing yet."""
+    found: list[str] = []
+    load = coding_time.loaded
+
+    def noted(settings: CodecSettings, layout: Layout) -> None:
+        found.append(settings.name)
+        load(settings, layout)
+
+    monkeypatch.setattr(fluvial.site_process.process, "loaded", noted)
+    process = SiteProcess(site_file(tmp_path))
+    both = {"codec": codec, "downlink": {"name": "hadamard", "rate": 8}}
+    join(process, table | {"method": {"name": "fedavg"}} | both)
+    process.prepare()
+    process.prepare()
+    assert found == names
+
+
+def test_an_answer_has_the_seconds_of_its_parts_and_the_log_too(
+    table: dict[str, Any], pool: ModelPool, tmp_path: Path
+) -> None:
+    process = SiteProcess(site_file(tmp_path))
+    assert join(process, table)
+    times = process.answer(header(), training(pool)).times
+    assert times is not None
+    assert times.keys() == {"training", "coding"}
+    assert all(seconds > 0 for seconds in times.values())
+    joined, trained = log_of(tmp_path)
+    assert "seconds" not in joined
+    assert trained["seconds"] == {part: round(seconds, 3) for part, seconds in times.items()}
 
 
 def test_an_answer_that_did_not_count_is_as_if_it_had_not_been_given(

@@ -86,9 +86,10 @@ def visit(site: Site, message: Payload) -> Payload:
     examples = site.load().train
     settings = site.train.in_round(round, site.rounds)
     settings = settings.model_copy(update={"learning_rate": settings.learning_rate * rate})
-    report = _tuned(
-        site, received, settings, index, round, visits, block.layout.names, hold=config.hold
-    )
+    with site.stopwatch.time("training"):
+        report = _tuned(
+            site, received, settings, index, round, visits, block.layout.names, hold=config.hold
+        )
     update = report.weights
 
     for name, tensor in update.items():

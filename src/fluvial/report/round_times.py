@@ -1,0 +1,63 @@
+"""Table of where the time of a round goes, from the seconds that sites and server report."""
+
+import statistics
+from collections.abc import Sequence
+
+from fluvial.formatting import human_seconds
+from fluvial.report.block_tables import Excerpt
+from fluvial.storage.run_files import JsonObject
+
+AT_SITES = {
+    "download": "download",
+    "training": "training",
+    "coding": "coding, at the site",
+    "other": "other work of the site",
+    "transfer": "upload and waiting",
+    "unreported": "sites, not by part",
+    "measuring": "held-out measures",
+}
+"""Parts of a site's time, and their names for people."""
+AT_SERVER = {"coding": "coding, at the server", "decoding": "decoding, at the server"}
+
+
+def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
+    """Return the seconds of each part of a round; None where no round has them."""
+    records = [record for record in metrics if record.get("times", {}).get("sites")]
+    if not records:
+        return None
+
+    rows = []
+    for part, words in AT_SITES.items():
+        rounds = [
+            [seconds.get(part, 0.0) for seconds in record["times"]["sites"].values()]
+            for record in records
+        ]
+        means = [statistics.fmean(sites) for sites in rounds]
+        rows.append((words, means, [max(sites) for sites in rounds]))
+    for part, words in AT_SERVER.items():
+        seconds = [record["times"]["server"].get(part, 0.0) for record in records]
+        rows.append((words, seconds, seconds))
+
+    whole = statistics.median(record["seconds"] for record in records)
+    cells = [
+        [words, _words(means), _words(longest), _share(statistics.median(means), whole)]
+        for words, means, longest in rows
+        if any(means)
+    ]
+    cells.append(["round", human_seconds(whole), "-", "-"])
+    return Excerpt(
+        "Where the time of a round goes",
+        ["part", "mean of sites", "longest site", "share of the round"],
+        cells,
+        left=1,
+        words="Medians over rounds. Sites that work side by side fill the same seconds, and the "
+        "server codes and decodes while it waits, so shares need not add up to 100 %.",
+    )
+
+
+def _words(seconds: Sequence[float]) -> str:
+    return human_seconds(statistics.median(seconds))
+
+
+def _share(seconds: float, whole: float) -> str:
+    return f"{100 * seconds / whole:.1f} %" if whole else "-"
