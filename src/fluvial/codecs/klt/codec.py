@@ -37,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fluvial.codecs import entropy
+from fluvial.codecs import compiled, entropy
 from fluvial.codecs.base import CodecSettings, LatentCodec, RatedCodec, is_finite, require_updates
 from fluvial.codecs.klt.base import AdaptiveTransformCodec
 from fluvial.codecs.klt.encoder import Encoder
@@ -192,20 +192,33 @@ class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
 
     def parse(self, reader: Reader) -> Tensor:
         """Decode class by class, then apply centroids and the transpose of the transform."""
-        side, runs, levels, dither = self._read(reader)
-        levels += np.repeat(self.tables.start, runs.sizes)
-        values = self.tables.values.take(levels)
-
-        if self._dithered:
-            values -= dither
-
-        columns = self._order.columns(
-            side, rest=bool(values[runs.where >= self.transform.num_tops].any())
-        )
+        side, runs, symbols, dither = self._read(reader)
         latent = np.zeros(self.layout.numel, np.float32)
-        with np.errstate(over="ignore"):  # what overflows is refused
-            latent[runs.where] = values * np.exp2(side.step / 256)
+        rest = self._scatter(symbols, runs, dither, float(np.exp2(side.step / 256)), latent)
+        columns = self._order.columns(side, rest=rest)
         return self.transform.inverse(torch.from_numpy(latent), columns=columns)
+
+    def _scatter(
+        self, symbols: Codes, runs: Runs, dither: Floats | None, step: float, latent: Floats
+    ) -> bool:
+        """Write the values of `symbols` into `latent` (numel,), and return whether directions that
+        are not published have any."""
+        tables = self.tables
+        num_tops = self.transform.num_tops
+
+        if dither is None and compiled.available():
+            from fluvial.codecs.klt import coded_compiled
+
+            return coded_compiled.scatter(
+                symbols, runs.sizes, tables.base, tables.values, step, runs.where, num_tops, latent
+            )
+
+        values = tables.values.take(symbols + np.repeat(tables.base, runs.sizes))
+        if dither is not None:
+            values -= dither
+        with np.errstate(over="ignore"):  # what overflows is refused
+            latent[runs.where] = values * np.float64(step)
+        return bool(values[runs.where >= num_tops].any())
 
     def decode(self, wire: bytes, *, round: int | None = None) -> Named:
         """Return the update that `wire` carries; raises `WireError`, which says so if the sender
@@ -222,8 +235,8 @@ class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
                 "published transform"
             )
 
-    def _read(self, reader: Reader) -> tuple[ClassSide, Runs, Codes, Floats | float]:
-        """Return all of a body: side information, what is coded, its levels and their dither."""
+    def _read(self, reader: Reader) -> tuple[ClassSide, Runs, Codes, Floats | None]:
+        """Return all of a body: side information, what is coded, its symbols and their dither."""
         epoch = reader.number("B")
         step = int(reader.number("h"))
 
@@ -242,20 +255,21 @@ class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
 
         side = ClassSide(step, loud, gains[: self.num_groups])
         runs = self._order.runs(side)
-        dither: Floats | float = 0.0
+        dither = None
 
         if self._dithered:
             _, runs, dither = draw_runs(runs, seed)
 
         stream = entropy.Stream(reader.take(reader.left))
-        levels = [
-            stream.take_with(table.model, int(size)) - len(table.counts) + 1
-            for table, size in zip(self.tables.tables, runs.sizes, strict=True)
+        symbols = [np.zeros(0, np.int32)]
+        symbols += [
+            stream.take_with(table.model, size)
+            for table, size in zip(self.tables.tables, runs.sizes.tolist(), strict=True)
             if size
         ]
         stream.finish()
 
-        return side, runs, np.concatenate([np.zeros(0, np.int32), *levels]), dither
+        return side, runs, np.concatenate(symbols), dither
 
     def _observe(self, updates: Sequence[Named]) -> Learned:
         """Return the tables from the levels of `updates`, at the rate's step and half an octave

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fluvial.codecs import entropy
+from fluvial.codecs import compiled, entropy
 from fluvial.codecs.klt.order import ClassSide, CoefficientOrder, Floats, Runs, draw_runs
 from fluvial.codecs.klt.settings import (
     CODES,
@@ -80,9 +80,9 @@ class Encoder:
         self.loud = min(max(round(self.top - step / FINE), QUIET), LOUD)
 
     @cached_property
-    def _histogram(self) -> NDArray[np.int64]:
+    def _histogram(self) -> Doubles:
         """Number of coefficients of each logarithm, gains counted in, from _LOWEST."""
-        histogram = np.zeros(2 * CODES + 1 + CLASS * QUIETEST, np.int64)
+        histogram = np.zeros(2 * CODES + 1 + CLASS * QUIETEST)
         for gain, counts in zip(self.gains.tolist(), self.order.histogram, strict=True):
             if gain != SILENT:
                 start = CLASS * (QUIETEST - gain)
@@ -123,10 +123,8 @@ class Encoder:
         seeds."""
         coded = self.coded(step)
         if not self.order.dithered:
-            level, excess = coded.levels(step)
-            index = level.astype(np.intp)
-            index += coded.start
-            return float(self.tables.bits.take(index).sum(dtype=np.float64)) + _EXCESS * excess
+            bits_of_levels, excess = coded.bits(step)
+            return bits_of_levels + _EXCESS * excess
 
         values = coded.scaled(step)
         start = coded.start
@@ -163,18 +161,17 @@ class Encoder:
         seed = seed % (1 << 32)
         coded = self.coded(step)
         runs = coded.runs
-        most = coded.most
 
         if order.dithered:
             sent, runs, dither = draw_runs(runs, seed)
-            most = most[sent]
+            most = coded.most[sent]
             level = np.clip(
                 np.floor(coded.scaled(step)[sent] + dither + np.float32(0.5)), -most, most
             )
+            symbols = (level + most).astype(np.int32)
         else:
-            level = np.copysign(coded.levels(step)[0], coded.values)
+            symbols = coded.symbols(step)
 
-        symbols = (level + most).astype(np.int32)
         ends = np.cumsum(runs.sizes)
         coded_runs = [
             (symbols[end - size : end], table.model)
@@ -198,13 +195,17 @@ class CodedValues:
         self.loud = loud
         self.runs = runs
         self.values: Floats = latent.take(runs.where)
-        self._sizes: Floats = np.abs(self.values)
-        self._zero_below, self._offset = (
-            np.repeat(tables.zero_below, runs.sizes),
-            np.repeat(tables.offset, runs.sizes),
-        )
-        self.start = np.repeat(tables.start.astype(np.intp), runs.sizes)
-        self.most: Floats = np.repeat(tables.levels.astype(np.float32), runs.sizes)
+        self._tables = tables
+
+    @cached_property
+    def start(self) -> NDArray[np.intp]:
+        """Index of level 0 of every value's class in the tables."""
+        return np.repeat(self._tables.start.astype(np.intp), self.runs.sizes)
+
+    @cached_property
+    def most(self) -> Floats:
+        """Largest magnitude of every value's class."""
+        return np.repeat(self._tables.most, self.runs.sizes)
 
     def scaled(self, step: int) -> Floats:
         """Return the values in steps; in mode "dithered" as large as if drawn."""
@@ -213,11 +214,46 @@ class CodedValues:
 
     def levels(self, step: int) -> tuple[Floats, float]:
         """Return the magnitudes, and by how many steps in all they are clipped; mode "biased"."""
-        sizes: Floats = self._sizes * np.float32(2.0 ** (-step / 256))
-        large = sizes >= self._zero_below
-        sizes += self._offset
+        sizes = np.abs(self.scaled(step))
+        large = sizes >= np.repeat(self._tables.zero_below, self.runs.sizes)
+        sizes += np.repeat(self._tables.offset, self.runs.sizes)
         np.floor(sizes, out=sizes)
         sizes *= large
         levels: Floats = np.minimum(sizes, self.most)
 
-        return levels, float(sizes.sum() - levels.sum())
+        return levels, float((sizes - levels).sum(dtype=np.float64))
+
+    def bits(self, step: int) -> tuple[float, float]:
+        """Return the bits of the levels, and by how many steps in all they are clipped; mode
+        "biased"."""
+        tables = self._tables
+        if compiled.available():
+            from fluvial.codecs.klt import coded_compiled
+
+            return coded_compiled.measure(*self._quantiser(step), tables.start, tables.bits)
+
+        levels, excess = self.levels(step)
+        index = self.start + levels.astype(np.intp)
+        return float(tables.bits.take(index).sum(dtype=np.float64)), excess
+
+    def symbols(self, step: int) -> Codes:
+        """Return the levels, those of each class from 0 on; mode "biased"."""
+        if compiled.available():
+            from fluvial.codecs.klt import coded_compiled
+
+            return coded_compiled.symbols(*self._quantiser(step))
+
+        return (np.copysign(self.levels(step)[0], self.values) + self.most).astype(np.int32)
+
+    def _quantiser(self, step: int) -> tuple[Floats, Codes, np.float32, Floats, Floats, Floats]:
+        """Return what the compiled passes take: values, sizes of classes, factor, thresholds."""
+        tables = self._tables
+        factor = np.float32(2.0 ** (-step / 256))
+        return (
+            self.values,
+            self.runs.sizes,
+            factor,
+            tables.zero_below,
+            tables.offset,
+            tables.most,
+        )

@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from fluvial.codecs import compiled
 from fluvial.codecs.klt.factors import Factor
 from fluvial.codecs.klt.model import Model
 from fluvial.codecs.klt.settings import CODES, SILENT
@@ -90,8 +91,12 @@ class CoefficientOrder:
         self.above = np.zeros((self.num_groups, 2 * CODES + 2), np.int64)
         """Number of coefficients of a group with at least a logarithm, the column - CODES."""
         self.above[:, :-1] = self.histogram[:, ::-1].cumsum(1)[:, ::-1]
-        self._first = np.concatenate([[0], np.cumsum(self.above[:, 0])[:-1]])
-        self._reach, self._beyond = self._reaches(factors, spread)
+        self._first = np.cumsum(self.above[:, 0]) - self.above[:, 0]
+        self._groups = np.arange(self.num_groups)
+        self._columns, self._beyond = self._reaches(factors, spread)
+        least = FAINTEST if dithered else tables.low
+        self._classes = CLASS * np.arange(least, HIGH + 1)[:, None] + CODES
+        """Columns of `above` of the classes (classes, 1), if sigma were the step."""
 
     @cached_property
     def zero_bits(self) -> Doubles:
@@ -103,65 +108,71 @@ class CoefficientOrder:
         return np.where(outside, 0.0, bits[classes.clip(0, len(bits) - 1)])
 
     def _reaches(self, factors: Sequence[Factor], spread: Codes) -> tuple[Codes, NDArray[np.int64]]:
-        """Return which columns of the transform any frame may need.
+        """Return which columns of the transform a frame may need, for each logarithm as in `above`.
 
-        The largest logarithm in each batch and group from each column on (batches, groups,
-        features), and how many coefficients of each group have at least a logarithm among the
-        directions that are not published.
+        How many leading columns of each batch hold all coefficients of a group with at least a
+        logarithm (batches, groups, 2 CODES + 2), and how many such coefficients of each group are
+        among the directions that are not published (groups, 2 CODES + 2).
         """
-        widest = max(factor.features for factor in factors)
-        reach = np.full((len(self.transform.batches), self.num_groups, widest), -10000)
+        columns = np.zeros((len(self.transform.batches), self.num_groups, 2 * CODES + 2), np.int32)
         beyond = np.zeros((self.num_groups, 2 * CODES + 2), np.int64)
         pieces = np.split(
             spread, np.cumsum([factor.rank * factor.features for factor in factors])[:-1]
         )
 
-        for largest, batch in zip(reach, self.transform.batches, strict=True):
+        for last, batch in zip(columns, self.transform.batches, strict=True):
             for index in batch.where:
                 group = factors[index].group
                 codes = pieces[index].reshape(-1, batch.features)
-                np.maximum(
-                    largest[group, : batch.features],
-                    codes.max(0),
-                    out=largest[group, : batch.features],
-                )
+                np.maximum.at(last[group], codes.max(0) + CODES, np.arange(1, batch.features + 1))
                 beyond[group, :-1] += np.bincount(
                     codes[:, batch.kept :].ravel() + CODES, minlength=2 * CODES + 1
                 )
 
-        reach = np.maximum.accumulate(reach[..., ::-1], axis=2)[..., ::-1]
+        columns = np.maximum.accumulate(columns[..., ::-1], axis=2)[..., ::-1]
         beyond = beyond[:, ::-1].cumsum(1)[:, ::-1]
-        return np.ascontiguousarray(reach, dtype=np.int32), beyond
+        return columns, beyond
 
     def runs(self, side: ClassSide) -> Runs:
         """Return the coefficients that are coded, in wire order; in mode "dithered" all that may be
         drawn."""
-        least = FAINTEST if self.dithered else self.tables.low
-        codes = (
-            CLASS * np.arange(least, HIGH + 1)[:, None] - side.loud + CLASS * side.gains
-        )  # (classes, groups)
-        above = self.above[np.arange(self.num_groups), np.clip(codes + CODES, 0, 2 * CODES + 1)]
-
+        cells = self._cells(side, self._classes)
         if self.dithered:
-            above[0] = self.above[:, 0]
+            cells[0, side.gains != SILENT] = 0
 
-        above[:, side.gains == SILENT] = 0
-        louder = np.concatenate([above[1:], np.zeros((1, self.num_groups), np.int64)])
-        counts = (above - louder).ravel()
-        sizes = (above - louder).sum(1)
-        starts = (self._first + louder).ravel()
-        where = self.place[
-            np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
-        ]
-
+        sizes, where = self._select(cells)
         if not self.dithered:
-            return Runs(sizes.astype(np.int32), where)
+            return Runs(sizes, where)
 
-        faint = self.tables.low - least
+        faint = self.tables.low - FAINTEST
         share = np.repeat(drawn(np.arange(-faint, len(sizes) - faint)), sizes).astype(np.float32)
         return Runs(
             np.append(sizes[: faint + 1].sum(), sizes[faint + 1 :]).astype(np.int32), where, share
         )
+
+    def _cells(self, side: ClassSide, classes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the columns of `above` for classes (classes, 1), by group (classes, groups); the
+        last one, without coefficients, for silent groups."""
+        cells = classes + (CLASS * side.gains - side.loud)
+        np.maximum(cells, 0, out=cells)
+        cells[:, side.gains == SILENT] = 2 * CODES + 1
+        np.minimum(cells, 2 * CODES + 1, out=cells)
+        return cells
+
+    def _select(self, cells: NDArray[np.int64]) -> tuple[Codes, NDArray[np.intp]]:
+        """Return the number of coefficients of each class, and the place of each; `cells` (classes,
+        groups) are the columns of `above` of the classes."""
+        if compiled.available():
+            from fluvial.codecs.klt import coded_compiled
+
+            return coded_compiled.select(self.above, self.place, self._first, cells)
+
+        above = self.above[self._groups, cells]
+        louder = np.concatenate([above[1:], np.zeros((1, self.num_groups), np.int64)])
+        counts = (above - louder).ravel()
+        starts = np.repeat((self._first + louder).ravel() - np.cumsum(counts) + counts, counts)
+        sizes = (above - louder).sum(1)
+        return sizes.astype(np.int32), self.place[starts + np.arange(len(starts))]
 
     def columns(self, side: ClassSide, *, rest: bool) -> list[int]:
         """Return how many columns of each batch hold what is coded; without `rest`, of those that
@@ -169,9 +180,9 @@ class CoefficientOrder:
         most = [batch.features if rest else batch.kept for batch in self.transform.batches]
         if self.dithered:
             return most
-        shift = np.where(side.gains == SILENT, -10000, side.loud - CLASS * side.gains)[:, None]
-        reached = (self._reach + shift >= CLASS * self.tables.low).any(1).sum(1)
-        return [int(count) for count in np.minimum(reached, most)]
+        (faintest,) = self._cells(side, self._classes[:1])
+        reached = self._columns[:, self._groups, faintest].max(1)
+        return [min(pair) for pair in zip(reached.tolist(), most, strict=True)]
 
     def needs_rest(self, side: ClassSide) -> bool:
         """Return whether the directions that are not published must be coded.
@@ -182,11 +193,9 @@ class CoefficientOrder:
         if self.dithered:
             return True
 
-        codes = CLASS * (self.tables.low + side.gains) - side.loud + CODES
-        cell = np.arange(self.num_groups), np.clip(codes, 0, 2 * CODES + 1)
-        sent = side.gains != SILENT
-
-        return bool(self._beyond[cell][sent].sum() > _FEW * self.above[cell][sent].sum())
+        (faintest,) = self._cells(side, self._classes[:1])
+        cell = self._groups, faintest
+        return bool(self._beyond[cell].sum() > _FEW * self.above[cell].sum())
 
 
 def draw_runs(runs: Runs, seed: int) -> tuple[NDArray[np.bool_], Runs, Floats]:

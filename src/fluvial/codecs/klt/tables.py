@@ -115,10 +115,12 @@ class Tables:
 
         sizes = np.array([len(table.counts) for table in self.tables])
         self.levels = (sizes - 1).astype(np.int32)
-        self.start = (
-            np.concatenate([[0], np.cumsum(2 * sizes - 1)[:-1]]).astype(np.int32) + self.levels
-        )
-        """Index of level 0 of every class in the flat arrays below."""
+        self.most = self.levels.astype(np.float32)
+        """Largest magnitude of every class."""
+        self.base = np.concatenate([[0], np.cumsum(2 * sizes - 1)[:-1]]).astype(np.int32)
+        """Index of the lowest level of every class in the flat arrays below."""
+        self.start = self.base + self.levels
+        """Index of level 0 of every class."""
         self.bits = np.concatenate([_both(table.bits) for table in self.tables]).astype(np.float32)
         self.values = np.concatenate([_odd(table.centroids) for table in self.tables]).astype(
             np.float32

@@ -60,7 +60,12 @@ class Transform:
             where = [i for basis in bases for i in members[basis]]
             self.batches.append(Batch(features, ranks, transposed, where, u, v))
 
-        self.num_tops = sum(batch.count * batch.rows * batch.kept for batch in self.batches)
+        rows = [batch.count * batch.rows for batch in self.batches]
+        self._sizes = [n * batch.features for n, batch in zip(rows, self.batches, strict=True)]
+        self._halves = [n * batch.kept for n, batch in zip(rows, self.batches, strict=True)]
+        self.num_tops = sum(self._halves)
+        self._halves += [x - top for x, top in zip(self._sizes, self._halves, strict=True)]
+        """Coefficients X U of every batch, then X R of every batch."""
         self.place = self._place(
             factors, [members[basis] for bases in kinds.values() for basis in bases]
         )
@@ -108,7 +113,7 @@ class Transform:
         for batch, count, (x, top, others) in zip(
             self.batches, columns, self._views(values, latent), strict=True
         ):
-            batch.forward(x, top[..., :count], others if count > batch.kept else None)
+            batch.forward(x, _leading(top, count), others if count > batch.kept else None)
 
         return latent
 
@@ -125,34 +130,35 @@ class Transform:
         for batch, count, (x, top, others) in zip(
             self.batches, columns, self._views(values, latent), strict=True
         ):
-            batch.inverse(x, top[..., :count], others if count > batch.kept else None)
+            batch.inverse(x, _leading(top, count), others if count > batch.kept else None)
 
         return values.view(-1, self._piece).index_select(0, self._back).view(-1)
 
-    def _views(self, values: Tensor, latent: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield for every batch X (count, rows, features), X U and X R, the last empty if `latent`
+    def _views(
+        self, values: Tensor, latent: Tensor
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield for every batch X (count, rows, features), X U and X R, the last None if `latent`
         has only `num_tops`."""
-        start = 0
-        top = 0
-        rest = self.num_tops
+        count = len(self.batches)
+        whole = latent.numel() > self.num_tops
+        halves = latent.split_with_sizes(self._halves if whole else self._halves[:count])
+        seconds = halves[count:] if whole else (None,) * count
+        xs = values.split_with_sizes(self._sizes)
 
-        for batch in self.batches:
-            each = batch.count * batch.rows
-            tops = batch.count * batch.rows * batch.kept
-            size = each * batch.features
-            others = each * batch.features - tops
-            x = values[start : start + size]
-
+        for batch, x, top, second in zip(self.batches, xs, halves[:count], seconds, strict=True):
+            form = (batch.count, batch.rows)
             if batch.transposed:
                 x = x.view(batch.count, batch.features, batch.rows).mT
             else:
-                x = x.view(batch.count, batch.rows, batch.features)
+                x = x.view(*form, batch.features)
 
-            second = latent[rest : rest + others].reshape(batch.count, batch.rows, -1)
-            yield x, latent[top : top + tops].view(batch.count, batch.rows, -1), second
-            start = start + size
-            top = top + tops
-            rest = rest + others
+            others = second if second is None else second.view(*form, batch.features - batch.kept)
+            yield x, top.view(*form, batch.kept), others
+
+
+def _leading(x: Tensor, count: int) -> Tensor:
+    """Return the leading columns of x (..., columns), at most `count`."""
+    return x if count >= x.shape[-1] else x[..., :count]
 
 
 def _block_diagonal(blocks: Sequence[Tensor]) -> Tensor:
@@ -193,33 +199,37 @@ class Batch:
 
     def __post_init__(self) -> None:
         self.count, self.rows, self.kept = len(self.u), sum(self.ranks), self.u.shape[2]
+        self._columns = [self.kept, self.features - self.kept]
+        self._lower = self.u[:, self.kept :]
+        self._lower_back = self._lower.mT
+        self._v_back = self.v.mT
 
     def forward(self, x: Tensor, top: Tensor, others: Tensor | None) -> None:
         """Fill in V' X U, as many columns as there are, and V' X R."""
-        first = x @ self.u[..., : top.shape[2]]
-        top.copy_(self.v.mT @ first)
+        first = torch.bmm(x, _leading(self.u, top.shape[2]))
+        top.copy_(torch.bmm(self._v_back, first))
 
         if others is not None and others.numel():
             z, m = self._completion
-            second = (
-                x[..., self.kept :]
-                - (first + x[..., : self.kept] @ z) @ m @ self.u[:, self.kept :].mT
-            )
-            others.copy_(self.v.mT @ second)
+            leading, rest = x.split_with_sizes(self._columns, 2)
+            y = torch.bmm(torch.bmm(leading, z).add_(first), m)
+            second = rest - torch.bmm(y, self._lower_back)
+            others.copy_(torch.bmm(self._v_back, second))
 
     def inverse(self, x: Tensor, top: Tensor, others: Tensor | None) -> None:
         """Fill in X."""
-        first = self.v @ top
+        first = torch.bmm(self.v, top)
         if others is None or not others.numel():
-            x.copy_((self.u[..., : top.shape[2]] @ first.mT).mT)
+            x.copy_(torch.bmm(_leading(self.u, top.shape[2]), first.mT).mT)
             return
 
-        second = self.v @ others
+        second = torch.bmm(self.v, others)
         z, m = self._completion
-        y = second @ self.u[:, self.kept :] @ m
-        x.copy_((self.u @ (first - y).mT).mT)
-        x[..., : self.kept] -= y @ z.mT
-        x[..., self.kept :] += second
+        y = torch.bmm(torch.bmm(second, self._lower), m)
+        x.copy_(torch.bmm(self.u, (first - y).mT).mT)
+        leading, rest = x.split_with_sizes(self._columns, 2)
+        leading -= torch.bmm(y, z.mT)
+        rest += second
 
     @cached_property
     def _completion(self) -> tuple[Tensor, Tensor]:
