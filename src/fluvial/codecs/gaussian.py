@@ -1,7 +1,7 @@
 """Blocks of values that look Gaussian: one quantiser step for all, and tables of N(0, 1) for the
 entropy coder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, ClassVar, cast
@@ -33,6 +33,8 @@ _LEVELS = 255
 _TOTAL = 1 << 22
 COARSEST = (1 << 24) // _CLASSES // 2 - 1
 FINEST = -COARSEST
+_FEW = 1 << 15
+"""Values below which threads cost more time than they save."""
 _PIECE = 1 << 16
 """Values that the entropy coder gets at a time, because it needs memory for each."""
 _LARGEST_UNIT_FP32 = 2.0**80
@@ -293,7 +295,11 @@ class Blocks:
             from fluvial.codecs import gaussian_compiled
 
             made = np.empty(len(values), np.int16)
-            gaussian_compiled.quantise(values, factor, limits, self._ends, made)
+
+            def quantise(blocks: slice, here: slice, ends: Ints) -> None:
+                gaussian_compiled.quantise(values[here], factor, limits[blocks], ends, made[here])
+
+            self._over_cores(quantise)
             return made
 
         limits = np.repeat(limits, self.sizes)
@@ -305,16 +311,38 @@ class Blocks:
 
         return levels.astype(np.int16)
 
+    def _over_cores(self, work: Callable[[slice, slice, Ints], None]) -> None:
+        """Call `work` with the blocks, the values and the ends of the blocks among these, for a
+        share on each core; for all at once where there are few values."""
+
+        def share(start: int, stop: int) -> None:
+            first = int(self._ends[start] - self.sizes[start])
+            here = slice(first, int(self._ends[stop - 1]))
+            work(slice(start, stop), here, self._ends[start:stop] - first)
+
+        if self.sizes.sum() >= _FEW:
+            compiled.over_cores(share, len(self.sizes))
+        elif len(self.sizes):
+            share(0, len(self.sizes))
+
     def _counts(self, values: Reals, step: int, classes: Ints) -> Ints:
         """Return how often each magnitude of each class occurs (classes * 256,)."""
         if compiled.available():
             from fluvial.codecs import gaussian_compiled
 
-            counts = np.zeros((_CLASSES, _LEVELS + 1), np.int64)
-            gaussian_compiled.count(
-                values, 2.0 ** (-step / OCTAVE), _limits()[classes], self._ends, classes, counts
-            )
-            return counts.ravel()
+            factor = 2.0 ** (-step / OCTAVE)
+            limits = _limits()[classes]
+            shares: list[Ints] = []
+
+            def count(blocks: slice, here: slice, ends: Ints) -> None:
+                counts = np.zeros((_CLASSES, _LEVELS + 1), np.int64)
+                gaussian_compiled.count(
+                    values[here], factor, limits[blocks], ends, classes[blocks], counts
+                )
+                shares.append(counts)
+
+            self._over_cores(count)
+            return sum(shares, start=np.zeros((_CLASSES, _LEVELS + 1), np.int64)).ravel()
 
         cells = np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
         cells += np.abs(self._levels(values, step, classes))
