@@ -8,6 +8,7 @@ from fluvial.errors import CheckpointError
 from fluvial.runs.budget.settled import BUDGET, Open, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
+from fluvial.storage import paths
 from fluvial.storage.run_files import CONFIG, DESCRIPTION, WRITTEN, anew
 
 
@@ -70,7 +71,16 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
         "profile",
         *(() if folder.newest() else ("method.", "codec.")),
     )
-    other = [key for key in difference(config.resolved(), stored) if not key.startswith(free)]
+    ours = config.resolved()
+    other = [key for key in difference(ours, stored) if not key.startswith(free)]
+    moved = {".".join(place): paths.value_at(stored, place) for place in paths.places(ours)}
+    if other and all(isinstance(moved.get(key), str) for key in other):
+        places = ", ".join(f"{key} was {moved[key]!r}" for key in other[:5])
+        raise CheckpointError(
+            f"{folder.path} was started with files at other places ({places}), and a run goes on "
+            "with the files that it began with; put them back there, or a link to where they are "
+            f"now, or {caller.another_folder()}"
+        )
 
     if other:
         raise CheckpointError(

@@ -1,13 +1,16 @@
 """Relative paths: those in a file are relative to its folder, those of `--set` to the working
 directory."""
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fluvial.errors import ConfigError
-from fluvial.runs.config import load
+from fluvial.errors import CheckpointError, ConfigError
+from fluvial.runs.beginning import begun
+from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import load, parse
 from fluvial.runs.run import execute
 
 TOML = """
@@ -104,3 +107,19 @@ def test_one_file_has_one_path_from_every_folder(folder: Path) -> None:
     (folder / "link").symlink_to(folder.parent / "elsewhere")
     (folder / "my.toml").write_text(TOML.replace('"M"', '"link/../project/M"'))
     assert Path(load(folder / "my.toml").model.name_or_path).samefile(folder / "M")
+
+
+def test_a_run_whose_files_lie_elsewhere_now_says_where_they_were(tmp_path: Path) -> None:
+    """A change of another setting is named as such."""
+    before = parse({"data": {"source": "/old/visits.jsonl"}}, "test")
+    stored = {"fluvial": "0", **before.resolved()}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    moved = parse({"data": {"source": "/new/visits.jsonl"}}, "test")
+    words = "data.source was '/old/visits.jsonl'.*put them back there, or a link"
+    with RunFolder(tmp_path) as folder:
+        with pytest.raises(CheckpointError, match=words):
+            begun(folder, moved, resume=True)
+        other = parse({"data": {"source": "/new/visits.jsonl", "max_length": 64}}, "test")
+        with pytest.raises(CheckpointError, match="another configuration .differs in data"):
+            begun(folder, other, resume=True)
+        assert begun(folder, before, resume=True)[0] == before
