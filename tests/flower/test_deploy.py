@@ -26,10 +26,11 @@ import yaml  # type: ignore[import-untyped]
 
 from fluvial import __version__
 from fluvial.cli import app
+from fluvial.data.config import SiteDataSettings
 from fluvial.federation.config import FleetConfig
 from fluvial.report.status_tables import status_tables
 from fluvial.settings import Settings
-from fluvial.site_process.site_file import Allowed, SiteDataSettings, SiteFile
+from fluvial.site_process.site_file import Allowed, SiteFile
 from fluvial.storage.run_files import PAGE as REPORT
 from tests.support import ROOT
 

@@ -31,7 +31,10 @@ def init(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="A file, a folder of files, or a hub id of a data set."),
+        typer.Option(
+            help="A file, a folder of files, or a hub id of a data set; given several times, each "
+            "is a site."
+        ),
     ] = None,
     column: Annotated[
         list[str] | None,
@@ -78,18 +81,31 @@ def init(
     if site_column is not None and sites is not None:
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
-    if data is not None and len(data) > 1:
-        raise ConfigError(
-            f"--data: given {len(data)} times; put these files into one folder, which is read "
-            "whole where they have one form, and give that once"
-        )
+    several = data is not None and len(data) > 1
+    for option, given in (
+        ("--site-column", site_column),
+        ("--sites", sites),
+        ("--heldout", heldout),
+    ):
+        if several and given is not None:
+            remedy = (
+                "set heldout_source in the table of each site" if given == heldout else "remove it"
+            )
+            raise ConfigError(
+                f"{option}: without effect beside several --data, each of which is a site; {remedy}"
+            )
 
     asks = not no_input and _on_terminal()
     from fluvial.data.faults import DataError
     from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
-    from fluvial.runs.proposal.records import facts_about, read_records
+    from fluvial.runs.proposal.records import (
+        facts_about,
+        read_records,
+        separate,
+        sites_by_source,
+    )
 
     renamed = _renamed(column or [])
     chosen_limits = None if limit is None else limits_of(limit)
@@ -117,15 +133,20 @@ def init(
         "embedded",
     )
     _found(facts.words(), asks)
-    records = _answer(
-        "Records: a file, a folder or a hub id",
-        data[0] if data else None,
-        "--data",
-        asks,
-        looked_at_data,
-    )
+    records: DataFacts
+    if data is not None and several:
+        separate_records = separate(data, renamed, _columns if asks else None)
+        records, divided = separate_records, sites_by_source(separate_records)
+    else:
+        records = _answer(
+            "Records: a file, a folder or a hub id",
+            data[0] if data else None,
+            "--data",
+            asks,
+            looked_at_data,
+        )
+        divided = _sites(records, site_column, sites, asks)
     _found(f"{len(records.rows):,} records, form {records.form}", asks)
-    divided = _sites(records, site_column, sites, asks)
     _found(divided.words(), asks)
     if not renamed:
         records = _with_answers(records, divided, asks)

@@ -36,6 +36,20 @@ class SourceSettings(Settings):
         yield from unreadable(self.columns, self.encoding, self.delimiter)
 
 
+class SiteDataSettings(SourceSettings):
+    """Records of one site; what is not set is as in the run's [data]."""
+
+    source: str
+    """File or folder of the site's records; a relative path is relative to the file that names
+    it."""
+    heldout_source: str | None = None
+    """File or folder of the site's held-out records."""
+    heldout: SourceSettings | None = None
+    """Settings of `heldout_source`, where they differ."""
+    numbers: Numbers | None = None
+    """Treatment of JSON numbers where a text is needed: "refuse" or "text"."""
+
+
 class DataConfig(Settings):
     """The text of a run, its form, and its partition over the sites."""
 
@@ -71,6 +85,9 @@ class DataConfig(Settings):
     chat_template: str | None = None
     """Chat template in place of the tokenizer's own: "chatml", "llama3", "zephyr", "gemma",
     "mistral", "plain", a file with a Jinja template, or the template itself."""
+    by_site: dict[str, SiteDataSettings] = Field(default_factory=dict)
+    """Records of each site by its name, as tables `[data.by_site.NAME]` in place of `source` and
+    `partition`: files of any kind, with columns of their own."""
     partition: Partition = Iid()
     """Partition of one data set into sites; a deployed site has a data set of its own."""
     sites: tuple[str, ...] | None = Field(None, min_length=1)
@@ -94,8 +111,9 @@ class DataConfig(Settings):
         yield from unreadable(self.columns, self.encoding, self.delimiter)
 
         touched = self._touched()
+        yield from self._idle_beside_sites(touched)
 
-        if self.source in BUNDLED:
+        if self.bundled:
             idle = touched & {
                 "split",
                 "heldout_source",
@@ -127,6 +145,43 @@ class DataConfig(Settings):
             yield "heldout: without effect, because no heldout_source is named; remove it"
         if self.public is not None and self.public_source is None:
             yield "public: without effect, because no public_source is named; remove it"
+
+    @property
+    def bundled(self) -> bool:
+        """True where the records come with Python."""
+        return self.source in BUNDLED and not self.by_site
+
+    def of_site(self, name: str) -> "DataConfig":
+        """Return the settings of a site that `by_site` names, as if it had its records alone."""
+        table = self.model_dump(exclude_unset=True, exclude={"by_site", "sites"})
+        own = self.by_site[name].model_dump(exclude_unset=True, exclude_none=True)
+        if "heldout_source" in own:
+            table.pop("heldout_share", None)
+        return DataConfig.model_validate({**table, **own})
+
+    def _idle_beside_sites(self, touched: set[str]) -> Iterator[str]:
+        """Yield a line for what has no effect beside `by_site`, or is wrong in it."""
+        if not self.by_site:
+            return
+        idle = touched & {"source", "heldout_source", "heldout_split", "heldout", "partition"}
+        if idle:
+            yield (
+                f"{', '.join(sorted(idle))}: without effect beside data.by_site, whose tables name "
+                "the records of each site; remove it, or remove these tables"
+            )
+        for name, own in self.by_site.items():
+            if own.source in BUNDLED:
+                yield (
+                    f"by_site.{name}.source={own.source!r}: brings sites of its own; name a file, "
+                    "or set data.source"
+                )
+            if own.heldout is not None and own.heldout_source is None:
+                yield (
+                    f"by_site.{name}.heldout: without effect, because it names no heldout_source; "
+                    "remove it"
+                )
+        if "heldout_share" in touched and all(own.heldout_source for own in self.by_site.values()):
+            yield "heldout_share: without effect, because each site names a heldout_source"
 
     def _touched(self) -> set[str]:
         default = dict(type(self).model_construct())

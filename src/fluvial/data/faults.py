@@ -46,6 +46,13 @@ class Faults:
         else:
             self.add(str(error))
 
+    def at(self, place: str) -> "Faults":
+        """Return the same faults, each with a place before it."""
+        placed = Faults()
+        placed.first = [f"{place}: {fault}" for fault in self.first]
+        placed.count = self.count
+        return placed
+
     def include_all(self, other: "Faults") -> None:
         """Add the faults that were collected elsewhere."""
         self._extend(other.first, other.count)

@@ -39,6 +39,8 @@ class SiteRecords:
     def read(self, faults: Faults) -> Parts:
         """Return the records of each site; faults of the files go to `faults`."""
         config = self.config
+        if self.owner is None and config.by_site:
+            return self._by_site(faults)
         if self.owner is None:
             self._refuse_idle_split()
         train = self._source("data.source", config.source, config.split)
@@ -150,6 +152,21 @@ class SiteRecords:
             return {owner: (records, [entry.record for entry in apart.entries])}
 
         return self._shared({owner: records}, faults)
+
+    def _by_site(self, faults: Faults) -> Parts:
+        """Return the records of each site, read as if the site had its files alone."""
+        names = tuple(sorted(self.config.by_site))
+        parts: Parts = {}
+        for name in chosen(names, self.config.sites or names):
+            own = Faults()
+            records = SiteRecords(self.config.of_site(name), self.seed, name)
+            parts |= records.read(own)
+            self.notes += [f"site {shown(name)}: {note}" for note in records.notes]
+            self.forms |= records.forms
+            faults.include_all(own.at(f"data.by_site.{name}"))
+
+        self.notes += alike({name: len(train) for name, (train, _) in parts.items()})
+        return {} if faults.count else parts
 
     def _by_file(self, source: Source, faults: Faults) -> dict[str, list[Record]]:
         try:

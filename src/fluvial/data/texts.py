@@ -97,7 +97,7 @@ class SiteTexts:
         self._public_forms = records.public_forms
         faults = Faults()
         self._public_records = cache(records.public)
-        self._bundled = SOURCES.get(config.source)
+        self._bundled = SOURCES[config.source] if config.bundled else None
         self._parts = records.read(faults) if self._bundled is None else None
 
         if faults.count and owner is None and config.public_source is not None:
@@ -111,7 +111,7 @@ class SiteTexts:
             self.names = self._bundled.site_names()
             if config.sites is not None:
                 self.names = chosen(self.names, config.sites)
-        check_names(self.names, "data.partition")
+        check_names(self.names, "data.by_site" if config.by_site else "data.partition")
         self._tokens = lru_cache(CACHED_SITES)(self._tokenise)
         self.load = lru_cache(CACHED_SITES)(self._load)
         self.public = cache(self._public)

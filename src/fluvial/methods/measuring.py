@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from pydantic import Field
 
 from fluvial.data import Example, SiteData
-from fluvial.data.config import BUNDLED, DataConfig
+from fluvial.data.config import DataConfig
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.meter import MEASURING
 from fluvial.federation.replies import measured
@@ -157,7 +157,7 @@ def measure_public(
     pool: ModelPool, adapter: Named, data: DataConfig, texts: Texts
 ) -> dict[str, Any] | None:
     """Return measures of `adapter` on public text; None where the configuration has none."""
-    if data.public_source is None and data.source not in BUNDLED:
+    if data.public_source is None and not data.bundled:
         return None
 
     examples = [example for some in texts.public().values() for example in some]

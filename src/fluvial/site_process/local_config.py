@@ -72,6 +72,15 @@ def _data(settings: dict[str, Any], site: SiteFile) -> dict[str, Any]:
             own.pop("heldout_share", None)
         return {**own, **site.data.model_dump(exclude_none=True)}
 
+    by_site = settings.get("by_site")
+    if by_site:
+        if site.name not in by_site:
+            raise refusal(f"data.by_site.{site.name}", site)
+        run = {name: value for name, value in settings.items() if name != "by_site"}
+        if by_site[site.name].get("heldout_source") is not None:
+            run.pop("heldout_share", None)
+        settings = {**run, **by_site[site.name]}
+
     for name in SOURCES:
         named = settings.get(name)
         if named not in (None, *BUNDLED) and not _allowed(named, site):

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from fluvial.data import Numbers, SourceSettings
+from fluvial.data.config import SiteDataSettings
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
 
@@ -41,19 +41,6 @@ class Allowed(Settings):
             yield (
                 "max_delta: without effect, because max_epsilon is not set; set it, or remove this"
             )
-
-
-class SiteDataSettings(SourceSettings):
-    """Records of the site, which replace the run's; the settings are those of the run's [data]."""
-
-    source: str
-    """File or folder of the site's records; a relative path is relative to site.toml."""
-    heldout_source: str | None = None
-    """File or folder of the site's held-out records."""
-    heldout: SourceSettings | None = None
-    """Settings of `heldout_source`, where they differ."""
-    numbers: Numbers | None = None
-    """Treatment of JSON numbers where a text is needed: "refuse" or "text"."""
 
 
 class SiteFile(Settings):

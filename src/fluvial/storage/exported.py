@@ -18,7 +18,7 @@ FILE = "fluvial.json"
 PLACES = frozenset(
     {
         *("source", "split", "heldout_source", "heldout_split", "heldout_share", "heldout"),
-        *("public_source", "public", "partition", "sites", "max_heldout", "packing"),
+        *("public_source", "public", "partition", "sites", "by_site", "max_heldout", "packing"),
     }
 )
 """Settings of [data] that say where text lies, who has it and how training joins it; the others say

@@ -56,17 +56,19 @@ def here(table: dict[str, Any]) -> dict[str, Any]:
     return table
 
 
-def whole(table: dict[str, Any], place: tuple[str, str], folder: Path) -> dict[str, Any]:
+def whole(table: dict[str, Any], place: tuple[str, ...], folder: Path) -> dict[str, Any]:
     """Return the table with the path at `place` as seen from `folder`.
 
     One file has one path, whichever folder names it: `..` is left out, unless a link lies before
     it.
     """
-    outer, key = place
-    path = folder / table[outer][key]
+    outer, *inner = place
+    if inner:
+        return {**table, outer: whole(table[outer], tuple(inner), folder)}
+    path = folder / table[outer]
     plain = Path(os.path.normpath(path))
     same = exists(plain) and exists(path) and plain.samefile(path)
-    return {**table, outer: {**table[outer], key: str(plain if same else path)}}
+    return {**table, outer: str(plain if same else path)}
 
 
 def exists(path: Path) -> bool:
@@ -77,11 +79,28 @@ def exists(path: Path) -> bool:
         return False
 
 
-def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+def places(table: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the settings of a table that may name a file or a folder."""
+    yield from PLACES
+    data = table.get("data")
+    by_site = data.get("by_site") if isinstance(data, dict) else None
+    for name in by_site if isinstance(by_site, dict) else ():
+        yield from (("data", "by_site", name, key) for key in ("source", "heldout_source"))
+
+
+def value_at(table: dict[str, Any], place: tuple[str, ...]) -> Any:
+    """Return the value at a place of nested tables, None where there is none."""
+    value: Any = table
+    for key in place:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
     """Yield the texts that may be relative paths, each with its place."""
-    for outer, key in PLACES:
-        found = table.get(outer)
-        text = found.get(key) if isinstance(found, dict) else None
+    for place in places(table):
+        key = place[-1]
+        text = value_at(table, place)
         if (
             not isinstance(text, str)
             or not text
@@ -95,4 +114,4 @@ def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
         ):
             continue  # names of ours
 
-        yield (outer, key), text
+        yield place, text

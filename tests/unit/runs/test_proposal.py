@@ -17,7 +17,7 @@ from fluvial.data.records import Answered
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.runs.config import RunConfig, load
 from fluvial.runs.plan import plan
-from fluvial.runs.proposal import settings
+from fluvial.runs.proposal import aims
 from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
@@ -103,7 +103,7 @@ def test_a_small_model_gets_many_short_rounds_over_all_linear_modules(
 
     private = proposed(*options, "--limit", "privacy")
     assert private.rounds < 20
-    monkeypatch.setattr(settings, "SMALL", 0)
+    monkeypatch.setattr(aims, "SMALL", 0)
     large = proposed(*options)
     assert large.lora.target_modules is None
     assert (large.rounds, large.train.max_steps) == (6, 11)
@@ -136,10 +136,28 @@ def test_held_out_records_of_all_sites(tiny_model: Path) -> None:
         proposed("--force", "--model", "embedded", "--data", "records.jsonl", "--heldout", north)
 
 
-def test_records_that_are_named_twice_are_not_dropped() -> None:
-    data = written(answers())
-    with pytest.raises(ConfigError, match="--data: given 2 times; put these files into one folder"):
-        run_init("--yes", "--model", "embedded", "--data", data, "--data", data)
+def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) -> None:
+    """A spreadsheet, JSON lines and a folder."""
+    lines = "".join(f"Fall {n}: für wen?;Haus {n}\n" for n in range(12))
+    Path("lisbon.csv").write_text(f"Frage;Antwort\n{lines}", encoding="cp1252")
+    written([{"instruction": f"Case {n}", "output": f"Room {n}"} for n in range(14)], "oslo.jsonl")
+    Path("rome").mkdir()
+    for name in ("a", "b"):
+        written(answers(2), f"rome/{name}.jsonl")
+    sources = [word for name in ("lisbon.csv", "oslo.jsonl", "rome") for word in ("--data", name)]
+    config = proposed("--model", str(tiny_model), *sources)
+    assert list(config.data.by_site) == ["lisbon", "oslo", "rome"]
+    own = config.data.by_site
+    assert (own["lisbon"].delimiter, own["lisbon"].encoding) == (";", "cp1252")
+    assert own["lisbon"].columns == {"prompt": "Frage", "completion": "Antwort"}
+    assert own["oslo"].columns is None
+    assert own["rome"].columns == {"prompt": "question", "completion": "answer"}
+
+    with pytest.raises(ConfigError, match="--site-column: without effect beside several --data"):
+        run_init("--force", "--yes", *sources, "--site-column", "x", "--model", str(tiny_model))
+    again = ["--data", "oslo.jsonl", "--data", "oslo.jsonl"]
+    with pytest.raises(ConfigError, match="another source makes the site 'oslo' too"):
+        run_init("--force", "--yes", *again, "--model", str(tiny_model))
 
 
 def test_everything_that_is_set_differs_from_the_defaults(tiny_model: Path) -> None:

@@ -13,7 +13,14 @@ from fluvial.runs.proposal.document import document
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
-from fluvial.runs.proposal.records import DataFacts, Sites, answer_pairs, as_options, unused_columns
+from fluvial.runs.proposal.records import (
+    DataFacts,
+    SeparateFacts,
+    Sites,
+    answer_pairs,
+    as_options,
+    unused_columns,
+)
 from fluvial.runs.proposal.settings import PLAIN, Answers, sections
 from fluvial.storage import paths
 
@@ -53,7 +60,10 @@ def propose(
         model=model,
         model_path=path_from(file, model.name) if model.local else model.name,
         data=data,
-        data_path=path_from(file, data.source) if data.files.local else data.source,
+        data_path=_named(file, data),
+        data_paths={name: _named(file, part) for name, part in data.parts.items()}
+        if isinstance(data, SeparateFacts)
+        else {},
         sites=sites,
         lengths=lengths,
         max_length=proposed_length(lengths, model.context, text=is_text),
@@ -89,6 +99,11 @@ def _found(answers: Answers) -> tuple[str, ...]:
         f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,}; "
         f"with loss at most {lengths.longest_answer:,}",
     )
+
+
+def _named(file: Path, data: DataFacts) -> str:
+    """Return the name of a source as `file` has it."""
+    return path_from(file, data.source) if data.files.local else data.source
 
 
 def path_from(file: Path, name: str) -> str:

@@ -109,6 +109,23 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class SeparateFacts(DataFacts):
+    """Facts about records of which each site has a source of its own."""
+
+    parts: Mapping[str, DataFacts]
+    """Facts about the source of each site, by its name."""
+
+    @property
+    def is_conversation(self) -> bool:
+        """True where a chat template renders records of a site."""
+        return any(part.is_conversation for part in self.parts.values())
+
+    def sample(self) -> list[Record]:
+        """Return a sample of the records of each site."""
+        return [record for part in self.parts.values() for record in part.sample()]
+
+
+@dataclass(frozen=True)
 class Sites:
     """The partition of records into sites."""
 
@@ -170,6 +187,48 @@ def facts_about(
     )
     changed = {field: column for field, column in renamed.items() if field != column}
     return DataFacts(files, form, changed, numbers)
+
+
+def separate(
+    sources: Sequence[str],
+    columns: Mapping[str, str],
+    ask: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+) -> SeparateFacts:
+    """Return the facts about several sources, each of them a site's, which is named after it.
+
+    Raises `ConfigError` for two of one name, and for plain text beside questions with answers.
+    """
+    parts: dict[str, DataFacts] = {}
+    for source in sources:
+        name = Path(source).stem
+        if name in parts:
+            raise ConfigError(
+                f"--data {source!r}: another source makes the site {name!r} too; rename one"
+            )
+        parts[name] = facts_about(read_records(source), columns, ask)
+
+    forms = {part.form: name for name, part in parts.items()}
+    if len(forms) > 1 and "text" in forms:
+        other = next(name for form, name in forms.items() if form != "text")
+        raise ConfigError(
+            f"--data: the records of {forms['text']!r} are plain text and those of {other!r} have "
+            "answers, which are two tasks; name the columns with --column prompt=COLUMN --column "
+            "completion=COLUMN, or leave one out"
+        )
+    every = [part.files for part in parts.values()]
+    files = RecordFiles(
+        ", ".join(each.source for each in every),
+        all(each.local for each in every),
+        {},
+        tuple(table for each in every for table in each.tables),
+    )
+    return SeparateFacts(files, next(iter(forms)), {}, False, parts)
+
+
+def sites_by_source(facts: SeparateFacts) -> Sites:
+    """Return a site for each source."""
+    counts = {name: len(part.rows) for name, part in facts.parts.items()}
+    return Sites({}, counts, "each --data is a site")
 
 
 def sites_by_file(facts: DataFacts) -> Sites:
@@ -238,6 +297,9 @@ def likely_columns(facts: DataFacts) -> Sequence[str]:
 
 def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
     """Return the columns that are neither text nor owner of a record, nor number it."""
+    if isinstance(facts, SeparateFacts):
+        each = [unused_columns(part, sites) for part in facts.parts.values()]
+        return list(dict.fromkeys(name for names in each for name in names))
     used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
     used.add(sites.partition.get("column", ""))
     return [
@@ -247,7 +309,7 @@ def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
 
 def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:
     """Return the column of plain text with each unused column that may hold the answers to it."""
-    if facts.form != "text":
+    if facts.form != "text" or isinstance(facts, SeparateFacts):
         return []
     text = facts.columns.get("text", "text")
     unused = unused_columns(facts, sites)

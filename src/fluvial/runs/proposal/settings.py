@@ -1,54 +1,41 @@
 """The settings of a first run, as they follow from model, data and limits, each with its why."""
 
+import json
 import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from statistics import median
 
 from fluvial.codecs.auto import AutoSettings
 from fluvial.data.faults import listed, shown
 from fluvial.errors import ConfigError
 from fluvial.models.targets import LoraSettings
-from fluvial.runs.config import RunConfig
+from fluvial.runs.proposal.aims import DEFAULT_ROUNDS, PASSES, Aim, aim_of, is_small
 from fluvial.runs.proposal.document import Section, Setting, toml_value
 from fluvial.runs.proposal.lengths import Lengths
 from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
 from fluvial.runs.proposal.models import ModelFacts, can_quantise
-from fluvial.runs.proposal.records import DataFacts, Sites, answer_pairs, unused_columns
+from fluvial.runs.proposal.records import (
+    DataFacts,
+    SeparateFacts,
+    Sites,
+    answer_pairs,
+    unused_columns,
+)
 from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
 
 RATE_OF_7B = 1.5e-4
 """CG-FedLLM's learning rate for 7 B parameters, from which that of other sizes follows."""
 LARGEST_RATE = 5e-3
-PASSES = 3
-"""Passes over the data of the middle site that a run aims at."""
-SMALL = 10**8
-"""Parameters below which a model is taken as new to every task."""
-DEFAULT_ROUNDS: int = RunConfig.model_fields["rounds"].default
-
-
-@dataclass(frozen=True)
-class Aim:
-    """Steps and rounds that a run aims at, by the size of its model."""
-
-    least_steps: int
-    """Optimizer steps of a site in all, however few its records are."""
-    least_rounds: int
-    most_rounds: int
-    round_steps: int
-    """Steps of a site in a round, where the rounds suffice; more of them let sites drift apart."""
-    most_steps: int = 20
-    """Steps of a site in a round at most."""
-
-
-USUAL = Aim(least_steps=60, least_rounds=5, most_rounds=DEFAULT_ROUNDS, round_steps=20)
-NEW = Aim(least_steps=240, least_rounds=5, most_rounds=60, round_steps=4)
-"""Aim of a model of less than `SMALL` parameters, as measured: docs/log.md, 30 November 2026."""
 MEASURED = 100
 """Most held-out sequences of a site that are measured."""
 LONGEST_WRITTEN = 32
 """Most tokens of an answer that is written, to be compared with the right one."""
+KEY = re.compile(r"[A-Za-z0-9_-]+")
+"""Key of TOML that needs no quotes."""
 PLAIN = "plain"
 """Chat template for a tokenizer without one."""
 
@@ -70,6 +57,8 @@ class Answers:
     uplink_mbps: float | None = None
     public_path: str | None = None
     """Source of public text as the file has it."""
+    data_paths: Mapping[str, str] = field(default_factory=dict)
+    """Names of the sources of sites that have one each, as the file has them."""
     heldout_path: str | None = None
     """Source of held-out records of all sites as the file has it."""
 
@@ -107,12 +96,12 @@ class Answers:
     @property
     def small(self) -> bool:
         """Return whether the model is taken as new to every task."""
-        return self.model.parameters < SMALL
+        return is_small(self.model.parameters)
 
     @property
     def aim(self) -> Aim:
         """Return the steps and rounds that the run aims at; noise is added in each round."""
-        return NEW if self.small and "privacy" not in self.limits else USUAL
+        return aim_of(self.model.parameters, private="privacy" in self.limits)
 
     @property
     def everywhere(self) -> bool:
@@ -157,6 +146,7 @@ def sections(answers: Answers) -> list[Section]:
         _model(answers),
         _lora(answers),
         _data(answers),
+        *_by_site(answers),
         train,
         *method_sections(
             answers.limits,
@@ -227,9 +217,9 @@ def _lora(answers: Answers) -> Section:
     return Section("[lora]", settings)
 
 
-def _data(answers: Answers) -> Section:
-    data = answers.data
-    settings = [Setting("source", answers.data_path, f"{len(data.rows):,} records, {data.form}")]
+def _source(data: DataFacts, path: str) -> list[Setting]:
+    """Return the settings of a source of records: where it lies, and how it is read."""
+    settings = [Setting("source", path, f"{len(data.rows):,} records, {data.form}")]
     for key, value in data.files.reading.items():
         settings.append(Setting(key, value, "as the file was found; `fluvial preview` shows it"))
     if data.columns:
@@ -237,6 +227,26 @@ def _data(answers: Answers) -> Section:
         settings.append(Setting("columns", dict(data.columns), why))
     if data.numbers:
         settings.append(Setting("numbers", "text", "some texts are JSON numbers"))
+    return settings
+
+
+def _by_site(answers: Answers) -> list[Section]:
+    """Return a table for the source of each site, where each has one of its own."""
+    if not isinstance(answers.data, SeparateFacts):
+        return []
+    return [
+        Section(
+            f"[data.by_site.{json.dumps(name) if not KEY.fullmatch(name) else name}]",
+            _source(part, answers.data_paths[name]),
+        )
+        for name, part in answers.data.parts.items()
+    ]
+
+
+def _data(answers: Answers) -> Section:
+    data = answers.data
+    separate = isinstance(data, SeparateFacts)
+    settings = [] if separate else _source(data, answers.data_path)
     settings += [*_sites(answers), *_lengths(answers)]
     if data.is_conversation and not answers.model.has_template:
         why = "roles as words, since the tokenizer has no chat template"
@@ -263,8 +273,8 @@ def _not_used(answers: Answers) -> list[str]:
 
 
 def _sites(answers: Answers) -> list[Setting]:
-    partition = Setting("partition", dict(answers.sites.partition), answers.sites.why)
-    settings = [partition]
+    by = dict(answers.sites.partition)
+    settings = [Setting("partition", by, answers.sites.why)] if by else []
     left_out = sorted(set(answers.sites.counts) - set(answers.kept))
     if left_out:
         why = f"without {', '.join(map(shown, left_out[:5]))}, which have one record each"

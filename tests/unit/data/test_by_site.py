@@ -1,0 +1,105 @@
+"""Sites of one run whose files differ in kind, columns and encoding."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.data.config import DataConfig
+from fluvial.data.faults import Faults
+from fluvial.data.records import Answered
+from fluvial.data.site_records import SiteRecords
+from fluvial.errors import ConfigError
+from fluvial.runs.config import load, parse
+from fluvial.seeds import numpy_generator
+from fluvial.site_process.local_config import at_site
+from fluvial.site_process.site_file import Allowed, SiteFile
+
+
+@pytest.fixture
+def by_site(tmp_path: Path) -> dict[str, Any]:
+    """A spreadsheet, JSON lines, and a folder of two files."""
+    rows = [(f"question {number}", f"answer {number}") for number in range(20)]
+    lines = "".join(f"{question};{answer}\n" for question, answer in rows)
+    (tmp_path / "north.csv").write_text(f"Frage;Antwort\n{lines}")
+    objects = [{"instruction": question, "output": answer} for question, answer in rows]
+    (tmp_path / "south.jsonl").write_text("".join(json.dumps(each) + "\n" for each in objects))
+    (tmp_path / "west").mkdir()
+    for name, part in (("a", rows[:10]), ("b", rows[10:])):
+        text = "".join(f"{question},{answer}\n" for question, answer in part)
+        (tmp_path / "west" / f"{name}.csv").write_text(f"prompt,completion\n{text}")
+    columns = {"prompt": "Frage", "completion": "Antwort"}
+    return {
+        "north": {"source": str(tmp_path / "north.csv"), "delimiter": ";", "columns": columns},
+        "south": {"source": str(tmp_path / "south.jsonl")},
+        "west": {"source": str(tmp_path / "west")},
+    }
+
+
+def test_each_site_is_read_by_its_own_settings(by_site: dict[str, Any]) -> None:
+    """With the share that is held out of a site that has its records alone."""
+    reader = SiteRecords(DataConfig(by_site=by_site, heldout_share=0.2), 3, None)
+    faults = Faults()
+    parts = reader.read(faults)
+    assert not faults.count
+    assert sorted(parts) == ["north", "south", "west"]
+    assert reader.forms == {"prompt_completion", "alpaca"}
+    for name, (train, heldout) in parts.items():
+        assert (len(train), len(heldout)) == (16, 4)
+        order = numpy_generator(3, "heldout", name).permutation(20)
+        answers = [each.content.answer for each in heldout if isinstance(each.content, Answered)]
+        assert answers == [f"answer {number}" for number in sorted(order[:4])]
+
+    alone = SiteRecords(DataConfig(**by_site["north"], heldout_share=0.2), 3, "north")
+    assert alone.read(Faults())["north"] == parts["north"]
+    some = DataConfig(by_site=by_site, sites=("south",))
+    assert list(SiteRecords(some, 3, None).read(Faults())) == ["south"]
+
+
+def test_faults_name_site_file_and_line(by_site: dict[str, Any], tmp_path: Path) -> None:
+    with (tmp_path / "north.csv").open("a") as file:
+        file.write("a;b;c\n")
+    by_site["south"]["source"] = str(tmp_path / "gone.jsonl")
+    faults = Faults()
+    assert SiteRecords(DataConfig(by_site=by_site), 0, None).read(faults) == {}
+    north, south = faults.first
+    assert north.startswith("data.by_site.north: ")
+    assert "north.csv, line 22: has 3 cells, the header has 2; " in north
+    assert south.startswith("data.by_site.south: data.source: there is no file or folder")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"source": "x.jsonl"}, "source: without effect beside data.by_site"),
+        ({"partition": {"by": "file"}}, "partition: without effect beside data.by_site"),
+        ({"by_site": {"a": {"source": "stdlib"}}}, "by_site.a.source='stdlib': brings sites of"),
+        ({"by_site": {"a": {"source": "x", "heldout": {}}}}, "by_site.a.heldout: without effect"),
+        ({"by_site": {"a": {"file": "x"}}}, "by_site"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    by_site: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse({"data": {"by_site": by_site} | changes}, "test")
+
+
+def test_paths_are_relative_to_the_file_that_names_them(
+    by_site: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('[data.by_site.north]\nsource = "north.csv"\n')
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load(file).data.by_site["north"].source == by_site["north"]["source"]
+
+
+def test_a_site_of_a_deployment_reads_its_own_table(by_site: dict[str, Any]) -> None:
+    config = parse({"data": {"by_site": by_site}}, "test")
+    site = SiteFile(name="south", allow=Allowed(run_paths=("*",)))
+    assert at_site(config, site).data.source == by_site["south"]["source"]
+    assert not at_site(config, site).data.by_site
+    with pytest.raises(Exception, match="data.by_site.east"):
+        at_site(config, SiteFile(name="east", allow=Allowed(run_paths=("*",))))
