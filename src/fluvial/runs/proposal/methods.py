@@ -51,8 +51,8 @@ def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: boo
     least = round(32 / MOST_BITS, 1)
     rate = max(rate, least)
     target = (
-        "times smaller than fp32: assumed, since no uplink is known; `fluvial init --uplink 2` sets "
-        "it for 2 Mbit/s, a smaller number loses less"
+        "times smaller than fp32: assumed, since no uplink is known; `fluvial init --uplink 2` "
+        "sets it for 2 Mbit/s, a smaller number loses less"
     )
     if uplink_mbps is not None:
         upload_s = 8 * update_bytes / rate / (1e6 * uplink_mbps)
