@@ -156,6 +156,39 @@ def engine_line() -> str:
     return listing("engine_link.json", "link", columns, words)
 
 
+def engine_size() -> str:
+    """Return the table of the parts of a round at the size of a real model."""
+    columns = {
+        "contender": "contender",
+        "round_s": "s a round",
+        "download_s": "download",
+        "train_s": "training",
+        "encode_s": "coding at the site",
+        "other_s": "other work of the site",
+        "upload_s": "upload at the line's rate",
+        "engine_s": "Flower, polls",
+        "server_codec_s": "coding at the server",
+        "codec_share": "codec, share of the round",
+        "codec_share_untrained": "share without training",
+        "rounds": "rounds to the target",
+        "to_target_s": "computed s to the target",
+        "server_mb": "server, MB",
+        "site_mb": "site, MB",
+    }
+    given = read("engine_size.json")
+    settings = given["settings"]
+    words = (
+        f"{settings['sites']} sites, {settings['line']}, LoRA of rank 16 on all linear layers (or "
+        f"rank 2, where it says so) of a random {settings['shape']} in {settings['dtype']}, "
+        f"{settings['steps']} step of one sequence of {settings['tokens']} tokens. Seconds are "
+        "medians over rounds, at a site the mean of both. Both sites and the server share two "
+        "cores, with the priority of real time over all else on the machine. Rounds to the target "
+        f"are those of the benchmarks with a small model (`{settings['cell_of_rounds']}`), so "
+        "seconds to the target are computed and not measured; `-` is not known."
+    )
+    return listing("engine_size.json", "size", columns, words)
+
+
 def load_words(machine: dict[str, Any]) -> str:
     """Return the load of a machine, before a benchmark and after it."""
     return f"{machine['load_before'][0]:g} before and {machine['load'][0]:g} after"
@@ -291,6 +324,7 @@ TABLES = {
     "docs/deploy.md": {
         "rounds": engine_rounds,
         "line": engine_line,
+        "size": engine_size,
         "channel": channel,
         "stream": stream,
     },

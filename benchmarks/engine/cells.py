@@ -66,12 +66,12 @@ def names_of(sites: int) -> list[str]:
     return [f"site{number}" for number in range(1, sites + 1)]
 
 
-def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
-    """Return the configuration of a cell; writes the sites' text into `folder`."""
-    text = folder / "text"
+def write_text(folder: Path, sites: int) -> Path:
+    """Write a file of records for each site, each with its own, into `folder`; return where."""
+    text = folder.resolve() / "text"
     text.mkdir(parents=True, exist_ok=True)
 
-    for number, name in enumerate(names_of(cell.sites)):
+    for number, name in enumerate(names_of(sites)):
         stones = [
             f"Site {number} writes line {line}: water flows on, stone {line * 7 + number} stays."
             for line in range(12)
@@ -79,6 +79,11 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
         lines = [json.dumps({"text": stone}) + "\n" for stone in stones]
         (text / f"{name}.jsonl").write_text("".join(lines))
 
+    return text
+
+
+def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
+    """Return the configuration of a cell; writes the sites' text into `folder`."""
     model = {"dtype": "float32"}
     if cell.shape != SHAPES[0]:
         model["name_or_path"] = str(_model(cell.shape, folder))
@@ -88,7 +93,7 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
         "rounds": cell.rounds,
         "lora": {"r": cell.rank, "lora_dropout": 0.0},
         "data": {
-            "source": str(text.resolve()),
+            "source": str(write_text(folder, cell.sites)),
             "form": "text",
             "partition": {"by": "file"},
             "max_length": 32,

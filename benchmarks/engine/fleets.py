@@ -86,8 +86,7 @@ class Watch:
                     if serves(words):
                         if pid not in self.server_peaks:
                             _forget_peak(pid)
-                        peak = _kilobytes(pid, "status", "VmHWM:")
-                        self.server_peaks[pid] = max(self.server_peaks.get(pid, 0), peak)
+                        self.server_peaks[pid] = max(self.server_peaks.get(pid, 0), peak_of(pid))
 
         thread = threading.Thread(target=look, daemon=True)
         thread.start()
@@ -322,6 +321,11 @@ def _forget_peak(pid: int) -> None:
         Path(f"/proc/{pid}/clear_refs").write_text("5")
     except OSError:
         return  # gone, or not ours: its peak counts from its start
+
+
+def peak_of(pid: int) -> int:
+    """Return the most resident memory of a process so far, in bytes; 0 where it is gone."""
+    return _kilobytes(pid, "status", "VmHWM:")
 
 
 def _kilobytes(pid: int, file: str, key: str) -> int:

@@ -9,6 +9,7 @@ to a line.
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks.engine.cells import Cell, names_of, table_of
@@ -37,6 +38,15 @@ def rows(
 
     What is not reached before `ends` (of `time.monotonic`) is reported as a sentence.
     """
+    with over_lines(folder, sites) as (lab, lines):
+        yield from _table(
+            lab, lines, settings, payloads, sites=sites, rounds=rounds, folder=folder, ends=ends
+        )
+
+
+@contextmanager
+def over_lines(folder: Path, sites: int) -> Iterator[tuple[flower_lab.Deployment, Lines]]:
+    """Start a server and its sites, each in a namespace of its own, still past the lines."""
     environment = environment_of(folder)
     names = names_of(sites)
     lines = Lines(sites)
@@ -62,9 +72,7 @@ def rows(
                     lab.start_site(name)
 
             lab.wait_online(sites, timeout=300)
-            yield from _table(
-                lab, lines, settings, payloads, sites=sites, rounds=rounds, folder=folder, ends=ends
-            )
+            yield lab, lines
     finally:
         lab.end_all()
         lines.close()

@@ -1,6 +1,6 @@
 """Rounds on five engines apart from training: time, start-up, memory and bytes, also over a line.
 
-    python -m benchmarks.engine [--part rounds|link] [--quick] [--fleet NAME ...]
+    python -m benchmarks.engine [--part rounds|link|size] [--quick] [--fleet NAME ...]
         [--payload MB ...] [--sites N ...] [--nvflare-python PATH] [--minutes M]
         [--out FILE.json]
 
@@ -30,6 +30,12 @@ link    Warm rounds over a line of 20 Mbit/s each way and 100 ms there and back,
         `fluvial check` predicts (training is added as measured), those of the same formula with
         the engine's own times of this run, and measured ones. Needs Linux, root, and /dev/net/tun.
 
+size    Where the time of a round goes at the size of Qwen2.5-0.5B, LoRA of rank 16 on every linear
+        layer, two sites, 20 Mbit/s each way: seconds by part, and from these and the rounds of
+        benchmarks/results the time to a target (`benchmarks.engine.size`). Only on request. The
+        quick form has two small layers, over loopback without namespaces. On a busy machine,
+        `chrt -r 5 python -m benchmarks.engine --part size` runs before all others.
+
 NVFlare takes its place if `--nvflare-python` has it (`pip install nvflare==2.9.*` in an environment
 of its own).
 """
@@ -44,7 +50,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.engine import line, link
+from benchmarks.engine import line, link, size
 from benchmarks.engine.cells import FLEETS, NAMES, Cell
 from benchmarks.engine.fleets import measure
 from benchmarks.engine.line import Setting
@@ -266,7 +272,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--part", choices=("rounds", "link"), help="one part only")
+    parser.add_argument("--part", choices=("rounds", "link", "size"), help="one part only")
     parser.add_argument("--quick", action="store_true", help="2 sites, 0.1 MB, 2 rounds, one line")
     parser.add_argument("--fleet", nargs="+", choices=FLEETS, default=list(FLEETS))
     parser.add_argument(
@@ -304,7 +310,7 @@ def main() -> None:
         },
     )
 
-    if options.part != "link":
+    if options.part in (None, "rounds"):
         fleets = list(options.fleet)
         if "nvflare" in fleets and not has_nvflare(options.nvflare_python):
             fleets.remove("nvflare")
@@ -318,10 +324,14 @@ def main() -> None:
         report.rows += rows
         report.claims += round_claims(rows)
 
-    if options.part != "rounds":
+    if options.part in (None, "link"):
         rows = link_part(report, quick=options.quick, ends=ends)
         show("Rounds over a line", LINK_COLUMNS, [row for row in rows if row["part"] == "link"])
         report.rows += rows
         report.claims += link_claims(rows)
+
+    if options.part == "size":
+        report.settings = size.settings(quick=options.quick)
+        size.run(report, quick=options.quick, ends=ends)
 
     report.finish(options.out, load)

@@ -1,17 +1,23 @@
-"""What the benchmark `engine` computes: uncovered time, the grid, the engine's own times."""
+"""What the benchmark `engine` computes: uncovered time, the grid, the engine's own times, and the
+parts of a round at the size of a real model."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import Qwen2Config
 
-from benchmarks.engine import rounds
+from benchmarks.engine import rounds, size, size_rounds
 from benchmarks.engine.cells import Cell, bytes_of_a_rank, table_of
 from benchmarks.engine.clock import CLOCK, covered_s, folder_of_clock, read_clock
 from benchmarks.engine.fleets import ROOT
 from benchmarks.engine.link import fitted
+from benchmarks.engine.size_contenders import CONTENDERS, NAMES, QWEN
+from benchmarks.engine.size_contenders import table_of as size_table
 from fluvial.federation.line import Line, round_s
 from fluvial.models.outline import Outline
 from fluvial.runs.config import parse
@@ -79,3 +85,92 @@ def test_the_engine_is_what_was_measured_without_a_line() -> None:
             train_s=row["train_s"],
         )
         assert predicted == pytest.approx(row["round_s"], abs=0.01)
+
+
+def _record(seconds: float, coding: float, decoding: float) -> dict[str, Any]:
+    site = {"download": 4.0, "training": 2.0, "coding": coding, "other": 0.5, "transfer": 5.0}
+    server = {"coding": 0.25, "decoding": decoding}
+    return {
+        "seconds": seconds,
+        "times": {"server": server, "sites": {"a": site, "b": site | {"coding": coding + 2}}},
+        "bytes_up": 2 * 5_000_000,
+        "bytes_down": 2 * 10_000_000,
+    }
+
+
+def test_parts_of_a_round_by_hand() -> None:
+    """The first two rounds do not count; 5 MB take 2 s at 20 Mbit/s."""
+    records = [_record(90.0, 50.0, 9.0)] * size.UNCOUNTED
+    records += [_record(12.0, 0.5, 0.5), _record(14.0, 1.5, 0.5)]
+    row = size.row_of(records)
+    assert row["round_s"] == 13.0
+    assert (row["download_s"], row["train_s"], row["encode_s"]) == (4.0, 2.0, 2.0)
+    assert (row["upload_s"], row["engine_s"], row["server_codec_s"]) == (2.0, 3.0, 0.75)
+    assert row["codec_share"] == 2.75 / 13
+    assert row["codec_share_untrained"] == 2.75 / 11
+    assert (row["bytes_up"], row["bytes_down"]) == (5e6, 1e7)
+
+
+def test_time_to_the_target_is_rounds_times_their_seconds() -> None:
+    shares = {"codec_share": 0.05, "codec_share_untrained": 0.2}
+    found = [
+        {"contender": "trellis 1/64 + EF", "round_s": 3.0, **shares},
+        {"contender": "nf4, both ways", "round_s": 2.0, **shares},
+        {"contender": "uncompressed, r 2", "round_s": 1.0, **shares},
+    ]
+    rows = size.with_target(found, {"trellis 1/64 + EF": 10.0, "nf4, both ways": 8.0})
+    assert [row["to_target_s"] for row in rows] == [30.0, 16.0, None]
+    assert [(claim.value, claim.holds) for claim in size.claims(rows)] == [
+        (0.05, True),
+        (0.2, False),
+        (30 / 16, False),
+    ]
+
+
+def test_rounds_come_from_contenders_that_always_reached_the_target() -> None:
+    found = size_rounds.stored()
+    rows = json.loads(size_rounds.STORED.read_text())["rows"]
+    assert found["uncompressed"] == 8
+    never = {row["contender"] for row in rows if row["reached"] < row["seeds"]}
+    assert never
+    assert not never & found.keys()
+
+    seeds = [("a", 4), ("b", 6), ("a", 5), ("b", None)]
+    small = [{"contender": name, "reached": reached} for name, reached in seeds]
+    assert size_rounds.mean_rounds(small) == {"a": 4.5}
+
+
+def test_the_real_size_is_that_of_qwen(tmp_path: Path) -> None:
+    """An adapter of rank 16 on every linear layer has 8,798,208 values."""
+    assert {contender.name for contender in CONTENDERS} >= set(NAMES)
+    config = Qwen2Config(
+        hidden_size=QWEN.hidden,
+        intermediate_size=QWEN.intermediate,
+        num_hidden_layers=QWEN.layers,
+        num_attention_heads=QWEN.heads,
+        num_key_value_heads=QWEN.kv_heads,
+        vocab_size=QWEN.vocabulary,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    for contender in CONTENDERS:
+        table = size_table(contender, tmp_path, tmp_path, rounds=2, steps=1)
+        parsed = parse(table, contender.name)
+        values = Outline(parsed.model, parsed.adapter).assignment.layout.numel
+        assert values == (8_798_208 if not contender.lora else 8_798_208 // 8)
+
+
+@pytest.mark.flower
+def test_the_quick_form_over_loopback(tmp_path: Path) -> None:
+    out = tmp_path / "size.json"
+    command = [sys.executable, "-m", "benchmarks.engine", "--part", "size", "--quick"]
+    done = subprocess.run([*command, "--out", str(out)], cwd=ROOT, timeout=400, check=False)
+    assert done.returncode == 0
+    found = json.loads(out.read_text())
+    assert found["skipped"] == []
+    assert len(found["rows"]) == 2
+    for row in found["rows"]:
+        parts = ("download_s", "train_s", "encode_s", "other_s", "server_codec_s")
+        assert all(row[part] > 0 for part in parts), row
+        assert sum(row[part] for part in parts) < row["round_s"]

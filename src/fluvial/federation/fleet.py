@@ -17,7 +17,7 @@ from fluvial.federation.calls import Call
 from fluvial.federation.config import FleetConfig
 from fluvial.federation.dispatch import Dispatcher
 from fluvial.federation.failures import Failure
-from fluvial.federation.meter import Meter
+from fluvial.federation.meter import Kind, Meter
 from fluvial.federation.times import RoundTimes
 from fluvial.federation.transport import Transport
 from fluvial.federation.turns import Idle, Reply, Turn
@@ -185,6 +185,10 @@ class Fleet:
                 f"{', '.join(missing)}. "
                 f"Last problem: {self.failures[-1].reason}"
             )
+
+    def close_round(self) -> tuple[dict[str, dict[Kind, int]], dict[str, Any]]:
+        """Return the bytes by site and the seconds of parts since the last call."""
+        return self.meter.close_round(), self.times.close_round()
 
     def close(self) -> None:
         """End: nothing is sent any more, and no site of this process works on."""

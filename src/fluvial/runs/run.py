@@ -230,8 +230,7 @@ class Run:
             if self.setup:
                 self.folder.write_json(SETUP, self.setup)
             self.setup_bytes = dict(self.fleet.meter.totals)
-            self.fleet.meter.close_round()
-            self.fleet.times.close_round()
+            self.fleet.close_round()
             self._save(0)
             done = 0
             yield Event(name, "setup", self.setup)
@@ -259,8 +258,7 @@ class Run:
             metrics |= self._heldout_of_round(number)
 
         failures = self.fleet.failures[known:]
-        by_site = self.fleet.meter.close_round()
-        times = self.fleet.times.close_round()
+        by_site, times = self.fleet.close_round()
         record = {
             **metrics,
             "round": number,
@@ -282,7 +280,6 @@ class Run:
         if "stopped" in record:
             raise PrivacyError(str(record["stopped"]))
         self._save(number)
-
         return record
 
     def _heldout_of_round(self, number: int) -> dict[str, Any]:
