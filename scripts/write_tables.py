@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from block_tables import block_compute, block_downloads, block_losses, block_memory
-from codec_tables import budget, distortion, driven, gate, loss, parts, speed, target
+from codec_tables import adapters, budget, distortion, driven, gate, loss, parts, speed, target
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
     pipe_enforced,
@@ -315,6 +315,7 @@ TABLES = {
         "distortion": distortion,
         "target": target,
         "budget": budget,
+        "adapters": adapters,
         "driven": driven,
         "speed": speed,
         "activations": activations,

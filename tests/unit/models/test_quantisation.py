@@ -214,6 +214,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "codec": {"name": "klt", "rate": 8},
     },
     "local": {"method": {"name": "local"}, "evaluate": {}},
+    "fedsa": {"method": {"name": "fedsa"}, "evaluate": {}},
 }
 
 
