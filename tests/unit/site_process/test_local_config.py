@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 
 from fluvial.data import DataConfig
+from fluvial.data.config import SiteDataSettings
 from fluvial.errors import RefusalError
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
 from fluvial.site_process.process import JOIN, SiteProcess
-from fluvial.site_process.site_file import Allowed, SiteDataSettings, SiteFile
+from fluvial.site_process.site_file import Allowed, SiteFile
 from fluvial.wire.payload import Payload
 from tests.support.site_process import header
 
@@ -68,7 +69,8 @@ def test_a_new_setting_of_data_is_the_sites_until_it_is_known_to_name_no_source(
         "public_source",
         "public",
     }
-    assert set(DataConfig.model_fields) == {*INDEPENDENT, *of_the_site, "partition", "sites"}
+    kept_out = {"by_site", "partition", "sites"}
+    assert set(DataConfig.model_fields) == {*INDEPENDENT, *of_the_site, *kept_out}
     assert set(SOURCES) < of_the_site
 
 
