@@ -49,6 +49,8 @@ from tests.support import flower_lab
 
 SITES = 2
 ROUNDS = 4
+FURTHER = 30
+"""Rounds of a run beyond those that are waited for, so that it goes on when it is stopped."""
 UNCOUNTED = 2
 """First rounds, in which the model is loaded and kernels are compiled."""
 LINE = Setting(20, 0, 0.0)
@@ -97,7 +99,7 @@ def rows(
             if time.monotonic() > ends:
                 yield f"size: {contender.name}: no time left"
                 continue
-            table = table_of(contender, model, text, rounds=rounds, steps=1)
+            table = table_of(contender, model, text, rounds=rounds + FURTHER, steps=1)
             yield {**_measured(lab, contender, table, folder), "shape": shape.name}
 
 
@@ -124,7 +126,7 @@ def _measured(lab: flower_lab.Deployment, contender: Contender, table: Table, fo
     out = folder / "".join(each if each.isalnum() else "-" for each in contender.name)
     began = time.time()
     number = lab.submit(table, out)
-    seen.rounds(out, table["rounds"], alive=lambda: True, timeout=900)
+    seen.rounds(out, table["rounds"] - FURTHER, alive=lambda: True, timeout=900)
     peaks = _peaks(seen.environment)
     lab.command("stop", str(lab.server), str(number))
     lab.finished(number)
