@@ -24,10 +24,16 @@ COMMANDS = (
     ("check", "configs/quickstart.toml"),
     ("preview", "configs/quickstart.toml", "--site", "except-for", "--count", "2"),
     ("show", "runs/quickstart"),
-    ("evaluate", "runs/quickstart/adapter", "--data", "runs/line.jsonl"),
+    ("evaluate", "runs/quickstart/adapter", "--data", "runs/lines.jsonl"),
 )
-RECORD = '{"prompt": "_ ward in hospital.wards:  # _ is ", "completion": "for"}'
-"""Record for `evaluate`, written to runs/line.jsonl."""
+RECORDS = """\
+{"prompt": "_ ward in hospital.wards:  # _ is ", "completion": "for"}
+{"prompt": "_ free_beds(self, ward):  # _ is ", "completion": "def"}
+{"prompt": "_ Ward(Department):  # _ is ", "completion": "class"}
+{"prompt": "_ ValueError(f'no ward {name}')  # _ is ", "completion": "raise"}
+{"prompt": "_ sum(ward.beds for ward in wards)  # _ is ", "completion": "return"}
+"""
+"""Records for `evaluate`, written to runs/lines.jsonl."""
 
 
 def output(command: tuple[str, ...]) -> str:
@@ -54,9 +60,9 @@ def output(command: tuple[str, ...]) -> str:
 
 def main() -> None:
     """Run the commands and write the section."""
-    (ROOT / "runs" / "line.jsonl").write_text(RECORD + "\n", encoding="utf-8")
+    (ROOT / "runs" / "lines.jsonl").write_text(RECORDS, encoding="utf-8")
     shown = [f"$ fluvial {' '.join(command)}\n{output(command)}" for command in COMMANDS]
-    shown[-1] = f"$ echo '{RECORD}' > runs/line.jsonl\n{shown[-1]}"
+    shown[-1] = f"$ cat runs/lines.jsonl\n{RECORDS}{shown[-1]}"
     section = "\n\n".join(f"```text\n{each}\n```" for each in shown)
 
     page = ROOT / "README.md"
