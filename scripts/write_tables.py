@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from block_tables import block_compute, block_downloads, block_losses, block_memory
-from codec_tables import adapters, budget, distortion, driven, gate, loss, parts, speed, target
+from cgfedllm_tables import gate, loss, parts
+from codec_tables import adapters, budget, distortion, driven, speed, target
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
     pipe_enforced,
