@@ -61,6 +61,12 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
     check_blocks(config, given.codec, given.layout)
     _check_adapter(config, given.layout)
     _check_model(config, given.base)
+    if config.decay != "none" and given.train.round_scheduler_type != "constant":
+        raise ConfigError(
+            f"method.decay={config.decay!r}: train.round_scheduler_type lets the learning rate fall "
+            "over the cycles too; remove one of the two"
+        )
+
     sent = largest_block(config, given.layout)
     public = isinstance(config.download, ProxyDownload) or config.accept.on != "always"
     return Plan(

@@ -205,6 +205,13 @@ def test_the_rate_may_fall_over_the_cycles(stage: Stage, watch: list[Seen]) -> N
     assert not differ(played.state, state)
 
 
+def test_the_rate_falls_over_the_cycles_by_one_setting(stage: Stage) -> None:
+    table = stage.table(2, {"decay": "cosine"})
+    table["train"] |= {"round_scheduler_type": "linear"}
+    with pytest.raises(ConfigError, match="round_scheduler_type lets the learning rate fall"):
+        stage.opened(table)
+
+
 def test_the_last_writer_does_not_win(stage: Stage) -> None:
     """Sites k and D + k both train block k; it ends with what both found, and the log says how far
     they agreed."""
