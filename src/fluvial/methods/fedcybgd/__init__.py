@@ -63,8 +63,8 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
     _check_model(config, given.base)
     if config.decay != "none" and given.train.round_scheduler_type != "constant":
         raise ConfigError(
-            f"method.decay={config.decay!r}: train.round_scheduler_type lets the learning rate fall "
-            "over the cycles too; remove one of the two"
+            f"method.decay={config.decay!r}: with train.round_scheduler_type the learning rate "
+            "falls over the cycles too; remove one of the two"
         )
 
     sent = largest_block(config, given.layout)
