@@ -1,6 +1,7 @@
 """Faults of data files, collected over all files and sites for one message."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -46,10 +47,14 @@ class Faults:
         else:
             self.add(str(error))
 
-    def at(self, place: str) -> "Faults":
-        """Return the same faults, each with a place before it."""
+    def of_site(self, name: str, settings: Iterable[str]) -> "Faults":
+        """Return the same faults for the table of one site, which has `settings` of its own."""
+        table = f"data.by_site.{name}"
+        own = re.compile(rf"\bdata\.({'|'.join(sorted(settings, key=len, reverse=True))})\b")
         placed = Faults()
-        placed.first = [f"{place}: {fault}" for fault in self.first]
+        for fault in self.first:
+            line = own.sub(rf"{table}.\1", fault.removeprefix("data: "))
+            placed.first.append(line if line.startswith(table) else f"{table}: {line}")
         placed.count = self.count
         return placed
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from fluvial.data.config import DataConfig
+from fluvial.data.config import DataConfig, SiteDataSettings
 from fluvial.data.faults import Faults, shown
 from fluvial.data.partition import Drawn, Files, Natural, alike, split
 from fluvial.data.records import Record
@@ -39,10 +39,10 @@ class SiteRecords:
     def read(self, faults: Faults) -> Parts:
         """Return the records of each site; faults of the files go to `faults`."""
         config = self.config
-        if self.owner is None and config.by_site:
-            return self._by_site(faults)
         if self.owner is None:
             self._refuse_idle_split()
+        if self.owner is None and config.by_site:
+            return self._by_site(faults)
         train = self._source("data.source", config.source, config.split)
         heldout = self._heldout_source()
 
@@ -127,16 +127,17 @@ class SiteRecords:
     def _refuse_idle_split(self) -> None:
         """Raise `ConfigError` for `data.split` where no source has splits."""
         config = self.config
-        names = [config.source, config.public_source]
+        sites = config.by_site.values() or (config,)
+        names = [config.public_source, *(own.source for own in sites)]
         if config.heldout_split is None:
-            names.append(config.heldout_source)
+            names += [own.heldout_source for own in sites]
 
         given = [name for name in names if name is not None]
         default = type(config).model_fields["split"].default
         if config.split != default and not any(map(has_splits, given)):
             raise ConfigError(
-                f"data.split={config.split!r}: without effect, because {config.source!r} has no "
-                "splits; remove it, or name the file with these records in data.source"
+                f"data.split={config.split!r}: without effect, because {given[-1]!r} has no "
+                "splits; remove it, or name the file with these records as the source"
             )
 
     def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
@@ -163,7 +164,7 @@ class SiteRecords:
             parts |= records.read(own)
             self.notes += [f"site {shown(name)}: {note}" for note in records.notes]
             self.forms |= records.forms
-            faults.include_all(own.at(f"data.by_site.{name}"))
+            faults.include_all(own.of_site(name, SiteDataSettings.model_fields))
 
         self.notes += alike({name: len(train) for name, (train, _) in parts.items()})
         return {} if faults.count else parts

@@ -282,6 +282,8 @@ def _reader(table: Table, source: Source) -> RecordReader:
         if columns and "columns" not in source.given:
             own = source.where.removesuffix("_source")
             remedy = f"set {own} = {{ columns = {{}} }}"
+            if own == "data.source":  # of a site with a table of its own
+                remedy = "set data.columns = {}"
             if own.startswith("--"):  # an option of a command, beside settings that a run wrote
                 remedy = "add --set 'data.columns={}'"
             raise ConfigError(f"{error}. If this file has other columns, {remedy}") from None

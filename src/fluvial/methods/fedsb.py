@@ -236,7 +236,7 @@ def train(site: Site, received: Named, round: int, examples: Sequence[Example]) 
         report = train_model(
             model,
             examples,
-            site.train,
+            site.train.in_round(round, site.rounds),
             pad_token_id=pool.tokenizer.pad_token_id,
             generator=generator(site.seed, "train", round, site.name),
             start=squares,

@@ -75,7 +75,11 @@ def _data(settings: dict[str, Any], site: SiteFile) -> dict[str, Any]:
     by_site = settings.get("by_site")
     if by_site:
         if site.name not in by_site:
-            raise refusal(f"data.by_site.{site.name}", site)
+            raise RefusalError(
+                f"site {site.name!r}: the run's data.by_site has tables for "
+                f"{', '.join(sorted(by_site))} alone; add one for this site, or set [data] in its "
+                "own file"
+            )
         run = {name: value for name, value in settings.items() if name != "by_site"}
         if by_site[site.name].get("heldout_source") is not None:
             run.pop("heldout_share", None)

@@ -66,7 +66,7 @@ def test_faults_name_site_file_and_line(by_site: dict[str, Any], tmp_path: Path)
     north, south = faults.first
     assert north.startswith("data.by_site.north: ")
     assert "north.csv, line 22: has 3 cells, the header has 2; " in north
-    assert south.startswith("data.by_site.south: data.source: there is no file or folder")
+    assert south.startswith("data.by_site.south.source: there is no file or folder")
 
 
 @pytest.mark.parametrize(
@@ -101,5 +101,20 @@ def test_a_site_of_a_deployment_reads_its_own_table(by_site: dict[str, Any]) -> 
     site = SiteFile(name="south", allow=Allowed(run_paths=("*",)))
     assert at_site(config, site).data.source == by_site["south"]["source"]
     assert not at_site(config, site).data.by_site
-    with pytest.raises(Exception, match="data.by_site.east"):
+    with pytest.raises(Exception, match="data.by_site has tables for north, south, west"):
         at_site(config, SiteFile(name="east", allow=Allowed(run_paths=("*",))))
+
+
+def test_a_remedy_names_the_table_of_the_site(by_site: dict[str, Any]) -> None:
+    faults = Faults()
+    reader = SiteRecords(DataConfig(by_site=by_site, columns={"text": "gone"}), 0, None)
+    assert reader.read(faults) == {}
+    assert faults.first
+    for fault in faults.first:
+        assert "set data.by_site." in fault
+        assert "data.columns" not in fault
+
+
+def test_a_split_that_no_site_has_is_refused(by_site: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="data.split='other': without effect"):
+        SiteRecords(DataConfig(by_site=by_site, split="other"), 0, None).read(Faults())
