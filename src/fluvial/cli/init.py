@@ -103,6 +103,7 @@ def init(
     from fluvial.runs.proposal.records import (
         facts_about,
         read_records,
+        refuse_other_task,
         separate,
         sites_by_source,
     )
@@ -112,8 +113,7 @@ def init(
 
     if public is not None:
         read_records(public, "--public")
-    if heldout is not None:
-        read_records(heldout, "--heldout")
+    asked = None if heldout is None else read_records(heldout, "--heldout")
 
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
@@ -146,7 +146,9 @@ def init(
             looked_at_data,
         )
         divided = _sites(records, site_column, sites, asks)
-    _found(f"{len(records.rows):,} records, form {records.form}", asks)
+    if asked is not None:
+        refuse_other_task(records, asked)
+    _found(f"{len(records.rows):,} records, form {records.forms}", asks)
     _found(divided.words(), asks)
     if not renamed:
         records = _with_answers(records, divided, asks)

@@ -134,6 +134,10 @@ def test_held_out_records_of_all_sites(tiny_model: Path) -> None:
     north = written([row for row in answers(3) if row["hospital"] == "north"], "north.jsonl")
     with pytest.raises(ConfigError, match="heldout_source has no records of site 'south'"):
         proposed("--force", "--model", "embedded", "--data", "records.jsonl", "--heldout", north)
+    Path("plain.txt").write_text("A line.\nAnother line.\n")
+    plain = ("--data", "records.jsonl", "--heldout", "plain.txt")
+    with pytest.raises(ConfigError, match=r"--heldout 'plain.txt': is plain text and the records"):
+        run_init("--force", "--yes", "--model", str(tiny_model), *plain)
 
 
 def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) -> None:
@@ -153,6 +157,9 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
     assert own["oslo"].columns is None
     assert own["rome"].columns == {"prompt": "question", "completion": "answer"}
 
+    renamed = ("--column", "prompt=Frage", "--column", "completion=Antwort")
+    with pytest.raises(ConfigError, match="--data 'oslo.jsonl': --column.*data.by_site.oslo.col"):
+        run_init("--force", "--yes", *sources, *renamed, "--model", str(tiny_model))
     with pytest.raises(ConfigError, match="--site-column: without effect beside several --data"):
         run_init("--force", "--yes", *sources, "--site-column", "x", "--model", str(tiny_model))
     again = ["--data", "oslo.jsonl", "--data", "oslo.jsonl"]

@@ -93,7 +93,7 @@ def _found(answers: Answers) -> tuple[str, ...]:
     further = "".join(f"; for {' -> '.join(pair)}: {as_options(*pair)}" for pair in pairs[:1])
     return (
         f"model: {answers.model.words()}",
-        f"records: {len(data.rows):,}, form {data.form}, columns {columns}",
+        f"records: {len(data.rows):,}, form {data.forms}, columns {columns}",
         *([f"not used: {listed(unused)}{further}"] if unused else []),
         f"sites: {answers.sites.words()}; {answers.sites.why}",
         f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,}; "

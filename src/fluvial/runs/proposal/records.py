@@ -84,6 +84,11 @@ class DataFacts:
         return self.files.names
 
     @property
+    def forms(self) -> str:
+        """Return the forms of the records in words."""
+        return self.form
+
+    @property
     def is_conversation(self) -> bool:
         """True where a chat template renders the records."""
         return self.form in CONVERSATIONS
@@ -114,6 +119,11 @@ class SeparateFacts(DataFacts):
 
     parts: Mapping[str, DataFacts]
     """Facts about the source of each site, by its name."""
+
+    @property
+    def forms(self) -> str:
+        """Return the forms of the records in words."""
+        return ", ".join(sorted({part.form for part in self.parts.values()}))
 
     @property
     def is_conversation(self) -> bool:
@@ -205,7 +215,14 @@ def separate(
             raise ConfigError(
                 f"--data {source!r}: another source makes the site {name!r} too; rename one"
             )
-        parts[name] = facts_about(read_records(source), columns, ask)
+        files = read_records(source)
+        try:
+            parts[name] = facts_about(files, columns, ask)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--data {source!r}: {error}; columns of one site alone go into its table, "
+                f"data.by_site.{name}.columns"
+            ) from None
 
     forms = {part.form: name for name, part in parts.items()}
     if len(forms) > 1 and "text" in forms:
@@ -223,6 +240,22 @@ def separate(
         tuple(table for each in every for table in each.tables),
     )
     return SeparateFacts(files, next(iter(forms)), {}, False, parts)
+
+
+def refuse_other_task(data: DataFacts, heldout: RecordFiles) -> None:
+    """Raise `ConfigError` where `heldout` is plain text and `data` has answers, or the reverse."""
+    try:
+        form = facts_about(heldout, {}).form
+    except ConfigError:  # its columns are the run's, by which it is read and checked
+        return
+    if (form == "text") != (data.form == "text"):
+        one, other = ("is plain text", "have answers")
+        if form != "text":
+            one, other = ("has answers", "are plain text")
+        raise ConfigError(
+            f"--heldout {heldout.source!r}: {one} and the records {other}, which are two tasks; "
+            "name held-out records of the same task"
+        )
 
 
 def sites_by_source(facts: SeparateFacts) -> Sites:
