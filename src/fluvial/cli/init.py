@@ -2,7 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -38,7 +39,10 @@ def init(
     ] = None,
     column: Annotated[
         list[str] | None,
-        typer.Option(help="FIELD=YOUR_COLUMN, such as completion=answer; may be repeated."),
+        typer.Option(
+            help="FIELD=YOUR_COLUMN, such as completion=answer, or SITE:FIELD=YOUR_COLUMN for one "
+            "of several --data; may be repeated."
+        ),
     ] = None,
     site_column: Annotated[
         str | None, typer.Option(help="The column with the owner's name, or 'file'.")
@@ -122,7 +126,7 @@ def init(
     def looked_at_data(name: str) -> "DataFacts":
         with spinner("reading the records"):
             files = read_records(name)
-        return facts_about(files, renamed, _columns if asks else None)
+        return facts_about(files, _for_all(renamed), partial(_columns, name) if asks else None)
 
     facts = _answer(
         "Model: a folder, a hub id, or embedded",
@@ -290,25 +294,36 @@ def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFact
     return _answer(question, None, "--column", asks, read, "none")
 
 
-def _renamed(pairs: list[str]) -> dict[str, str]:
-    """Return the columns to rename: our field = the file's column; raises `ConfigError`."""
+def _renamed(pairs: list[str]) -> dict[str, dict[str, str]]:
+    """Return the columns to rename, by site: our field = the file's column; those of all sites are
+    under "". Raises `ConfigError`."""
     from fluvial.data.forms import FIELDS
 
-    renamed = {}
+    renamed: dict[str, dict[str, str]] = {}
     for pair in pairs:
-        field, mark, name = pair.partition("=")
+        place, mark, name = pair.partition("=")
+        site, _, field = place.rpartition(":")
         if not mark or not name or field not in FIELDS:
             raise ConfigError(
                 f"--column {pair!r:.60}: write FIELD=YOUR_COLUMN, where FIELD is "
                 f"{', '.join(FIELDS)}"
             )
-        renamed[field] = name
+        renamed.setdefault(site, {})[field] = name
     return renamed
 
 
-def _columns(names: Sequence[str]) -> dict[str, str]:
+def _for_all(renamed: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Return the columns of the only source; raises `ConfigError` for those of a site."""
+    for site in renamed.keys() - {""}:
+        raise ConfigError(
+            f"--column {site}:...: a site before the field is for several --data; write FIELD=..."
+        )
+    return renamed.get("", {})
+
+
+def _columns(source: str, names: Sequence[str]) -> dict[str, str]:
     """Return the columns of question and answer, or of a text, as the user answers."""
-    err.print(f"  columns: {safe_text(', '.join(names))}", markup=False)
+    err.print(f"  columns of {safe_text(source)}: {safe_text(', '.join(names))}", markup=False)
     first = typer.prompt("Column with the text, or with the question", err=True)
     question = "Column with the answer, or Enter where there is none"
     answer = typer.prompt(question, default="", show_default=False, err=True)

@@ -158,13 +158,33 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
     assert own["rome"].columns == {"prompt": "question", "completion": "answer"}
 
     renamed = ("--column", "prompt=Frage", "--column", "completion=Antwort")
-    with pytest.raises(ConfigError, match="--data 'oslo.jsonl': --column.*data.by_site.oslo.col"):
+    with pytest.raises(ConfigError, match="--data 'oslo.jsonl': --column.*--column oslo:prompt="):
         run_init("--force", "--yes", *sources, *renamed, "--model", str(tiny_model))
     with pytest.raises(ConfigError, match="--site-column: without effect beside several --data"):
         run_init("--force", "--yes", *sources, "--site-column", "x", "--model", str(tiny_model))
     again = ["--data", "oslo.jsonl", "--data", "oslo.jsonl"]
     with pytest.raises(ConfigError, match="another source makes the site 'oslo' too"):
         run_init("--force", "--yes", *again, "--model", str(tiny_model))
+
+
+def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:
+    """A text whose answer stands beside it is no plain text; each site names its own columns."""
+    rows = answers(12)
+    written([{"text": row["question"], "team": row["answer"]} for row in rows], "rome.jsonl")
+    written([{"q": row["question"], "a": row["answer"]} for row in rows], "oslo.jsonl")
+    sources = ("--model", str(tiny_model), "--data", "rome.jsonl", "--data", "oslo.jsonl")
+    oslo = ("--column", "oslo:prompt=q", "--column", "oslo:completion=a")
+    with pytest.raises(ConfigError, match="'team' may be the answer.*--column rome:prompt=text"):
+        run_init("--force", "--yes", *sources, *oslo)
+    with pytest.raises(ConfigError, match="--column bern:...: no --data makes a site 'bern'"):
+        run_init("--force", "--yes", *sources, "--column", "bern:prompt=q")
+    with pytest.raises(ConfigError, match="a site before the field is for several --data"):
+        run_init("--force", "--yes", *sources[:4], "--column", "rome:prompt=text")
+
+    rome = ("--column", "rome:prompt=text", "--column", "rome:completion=team")
+    own = proposed(*sources, *oslo, *rome).data.by_site
+    assert own["oslo"].columns == {"prompt": "q", "completion": "a"}
+    assert own["rome"].columns == {"prompt": "text", "completion": "team"}
 
 
 def test_everything_that_is_set_differs_from_the_defaults(tiny_model: Path) -> None:

@@ -1,22 +1,19 @@
 """Facts about records: how their files are read, their form, and the sites they belong to."""
 
-import codecs
 import shlex
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from fluvial.data.config import BUNDLED, DataConfig
-from fluvial.data.faults import DataError, Faults, shown
-from fluvial.data.files import UTF8, read_text
+from fluvial.data.faults import Faults, shown
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form, fields_of
-from fluvial.data.readers import READERS
 from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
-from fluvial.data.sources import DELIMITED, Source, is_local, is_saved, tables
+from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
     form_of,
@@ -27,10 +24,9 @@ from fluvial.runs.proposal.columns import (
     owner_columns,
     value_of,
 )
+from fluvial.runs.proposal.file_reading import usual_reading
 from fluvial.storage import toml
 
-MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-DELIMITERS = (",", ";", "\t", "|")
 SAMPLE = 2000
 """Records that are tokenised to know their lengths."""
 
@@ -162,7 +158,7 @@ def read_records(source: str, option: str = "--data") -> RecordFiles:
         )
 
     local = is_local(source)
-    reading = _reading(Path(source).expanduser()) if local else {}
+    reading = usual_reading(Path(source).expanduser()) if local else {}
     config = toml.read(DataConfig, {"source": source, **reading}, option)
     faults = Faults()
     found = tables(Source(option, source, config.split, config.reading()), faults)
@@ -201,36 +197,36 @@ def facts_about(
 
 def separate(
     sources: Sequence[str],
-    columns: Mapping[str, str],
-    ask: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+    columns: Mapping[str, Mapping[str, str]],
+    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None = None,
 ) -> SeparateFacts:
     """Return the facts about several sources, each of them a site's, which is named after it.
 
-    Raises `ConfigError` for two of one name, and for plain text beside questions with answers.
+    `columns` has those that the caller renames by site, and under "" those of all sites; `ask` has
+    the source as well. Raises `ConfigError` for two sources of one name, and for plain text beside
+    questions with answers.
     """
+    names = [Path(source).stem for source in sources]
+    for name in columns.keys() - {"", *names}:
+        raise ConfigError(
+            f"--column {name}:...: no --data makes a site {name!r}; they make {', '.join(names)}"
+        )
+
     parts: dict[str, DataFacts] = {}
-    for source in sources:
-        name = Path(source).stem
+    for name, source in zip(names, sources, strict=True):
         if name in parts:
             raise ConfigError(
                 f"--data {source!r}: another source makes the site {name!r} too; rename one"
             )
-        files = read_records(source)
-        try:
-            parts[name] = facts_about(files, columns, ask)
-        except ConfigError as error:
-            raise ConfigError(
-                f"--data {source!r}: {error}; columns of one site alone go into its table, "
-                f"data.by_site.{name}.columns"
-            ) from None
+        parts[name] = _part(name, source, {**columns.get("", {}), **columns.get(name, {})}, ask)
 
     forms = {part.form: name for name, part in parts.items()}
     if len(forms) > 1 and "text" in forms:
         other = next(name for form, name in forms.items() if form != "text")
         raise ConfigError(
             f"--data: the records of {forms['text']!r} are plain text and those of {other!r} have "
-            "answers, which are two tasks; name the columns with --column prompt=COLUMN --column "
-            "completion=COLUMN, or leave one out"
+            f"answers, which are two tasks; name the columns with "
+            f"{as_options('COLUMN', 'COLUMN', forms['text'])}, or leave one out"
         )
     every = [part.files for part in parts.values()]
     files = RecordFiles(
@@ -240,6 +236,31 @@ def separate(
         tuple(table for each in every for table in each.tables),
     )
     return SeparateFacts(files, next(iter(forms)), {}, False, parts)
+
+
+def _part(
+    name: str,
+    source: str,
+    columns: Mapping[str, str],
+    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
+) -> DataFacts:
+    """Return the facts about the source of one of several sites."""
+    files = read_records(source)
+    try:
+        part = facts_about(files, columns, None if ask is None else partial(ask, source))
+    except ConfigError as error:
+        options = as_options("COLUMN", "COLUMN", name)
+        raise ConfigError(f"--data {source!r}: {error}; for this site alone, {options}") from None
+
+    pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
+    if pairs:
+        text, answer = pairs[0]
+        alone = shlex.quote(f"{name}:text={text}")
+        raise ConfigError(
+            f"--data {source!r}: {answer!r} may be the answer to the text {text!r}. To learn it: "
+            f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
+        )
+    return part
 
 
 def refuse_other_task(data: DataFacts, heldout: RecordFiles) -> None:
@@ -349,45 +370,9 @@ def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:
     return [(text, name) for name in unused if may_be_answers(facts.rows, name)]
 
 
-def as_options(text: str, answer: str) -> str:
-    """Return the options that make a question of one column and its answer of another."""
-    return (
-        f"--column {shlex.quote(f'prompt={text}')} --column {shlex.quote(f'completion={answer}')}"
-    )
-
-
-def _reading(path: Path) -> dict[str, str]:
-    """Return encoding and delimiter of a file, or of the first file of a folder, where they are not
-    the usual ones; they are proposals that the user sees."""
-    if path.is_dir():
-        if is_saved(path):
-            return {}
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
-        path = files[0] if files else path
-    if not path.is_file() or path.suffix.lower() == ".parquet":
-        return {}
-
-    with path.open("rb") as file:
-        wide = file.read(2) in MARKS_OF_UTF16
-
-    for encoding in (UTF8, "utf-16" if wide else "cp1252"):
-        try:
-            text = read_text(path, encoding)
-        except DataError:
-            continue
-
-        found = {} if encoding == UTF8 else {"encoding": encoding}
-        delimiter = _delimiter(text, path.suffix.lower())
-        return found if delimiter is None else found | {"delimiter": delimiter}
-
-    return {}  # the reader says what is wrong
-
-
-def _delimiter(text: str, suffix: str) -> str | None:
-    """Return the character between the columns, None for the usual one of the suffix."""
-    if suffix not in DELIMITED:
-        return None
-    header = text.lstrip("\ufeff\r\n").splitlines()[:1] or [""]
-    usual = "\t" if suffix == ".tsv" else ","
-    best = max(DELIMITERS, key=lambda mark: (header[0].count(mark), mark == usual))
-    return None if best == usual or not header[0].count(best) else best
+def as_options(text: str, answer: str, site: str = "") -> str:
+    """Return the options that make a question of one column and its answer of another, for all
+    records or for those of a site."""
+    mark = f"{site}:" if site else ""
+    pairs = (f"{mark}prompt={text}", f"{mark}completion={answer}")
+    return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
