@@ -177,7 +177,7 @@ def test_nothing_grows(fitted: Klt, kind: str, seed: int) -> None:
     update = LAYOUT.unflatten(vector)
     wire = fitted.encode(update)
     assert len(wire) <= fitted.budget
-    assert relative_error(update, fitted.decode(wire)) < 1
+    assert relative_error(update, fitted.decode(wire)) <= 1  # a lone spike may be beyond the budget
 
 
 def test_error_feedback_stays_bounded(fitted: Klt) -> None:
