@@ -166,7 +166,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
             "probe_rank": 2,
             "probe_steps": 4,
             "aggregation": {"target": "products"},
-            "learning_rate_by_batch": "constant",
+            "learning_rate_by_batch": "sqrt",
             "deadline_s": 0.1,
             "replan_every": 1,
             "budgets": [{"site": "west", "tokens_s": 10.0}],
