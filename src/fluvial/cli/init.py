@@ -86,15 +86,12 @@ def init(
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
     several = data is not None and len(data) > 1
-    for option, given in (
-        ("--site-column", site_column),
-        ("--sites", sites),
-        ("--heldout", heldout),
+    for option, given, remedy in (
+        ("--site-column", site_column, "remove it"),
+        ("--sites", sites, "remove it"),
+        ("--heldout", heldout, "set heldout_source in the table of each site"),
     ):
         if several and given is not None:
-            remedy = (
-                "set heldout_source in the table of each site" if given == heldout else "remove it"
-            )
             raise ConfigError(
                 f"{option}: without effect beside several --data, each of which is a site; {remedy}"
             )
@@ -113,6 +110,7 @@ def init(
     )
 
     renamed = _renamed(column or [])
+    of_all = {} if several else _for_all(renamed)
     chosen_limits = None if limit is None else limits_of(limit)
 
     if public is not None:
@@ -126,7 +124,7 @@ def init(
     def looked_at_data(name: str) -> "DataFacts":
         with spinner("reading the records"):
             files = read_records(name)
-        return facts_about(files, _for_all(renamed), partial(_columns, name) if asks else None)
+        return facts_about(files, of_all, partial(_columns, name) if asks else None)
 
     facts = _answer(
         "Model: a folder, a hub id, or embedded",
