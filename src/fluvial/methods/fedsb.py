@@ -232,6 +232,7 @@ def train(site: Site, received: Named, round: int, examples: Sequence[Example]) 
             multiplied(fixed, squares), checkpointing=site.train.gradient_checkpointing
         ) as model,
         squares_trained(model, fixed, squares),
+        site.stopwatch.time("training"),
     ):
         report = train_model(
             model,
