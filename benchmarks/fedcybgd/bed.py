@@ -67,6 +67,7 @@ def resolve(cell: Cell, which: Contender, bed: Bed, *, pace: float, seed: int) -
             "learning_rate": centre * which.pace * pace,
             "per_device_train_batch_size": cell.batch,
             "max_steps": bed.steps,
+            "round_scheduler_type": "cosine" if which.falls else "constant",
         },
         "method": method,
         "evaluate": {"sample_tokens": 1},

@@ -97,6 +97,8 @@ class Contender:
     """Rounds, in units of the bed's."""
     tier: int = 1
     """Contenders of tier 1 come first."""
+    falls: bool = False
+    """True where the learning rate falls along half a cosine over the rounds."""
 
 
 REFERENCE = "fed-full"
@@ -111,14 +113,9 @@ WIDE = f"{OURS}, embeddings too, two layers a block"
 CUT = "fedcybgd int8, embeddings too, four equal blocks"
 LONGER = f"{CUT}, 1.5 times the passes"
 LATIN: Table = {"name": "fedcybgd", "order": "latin"}
-GROUPED: Table = LATIN | {"decay": "cosine", "parallel": 4, "hold": "disk"}
+GROUPED: Table = LATIN | {"parallel": 4, "hold": "disk"}
 """As configs/fedcybgd.toml, with the rest of the model on disk."""
-EQUAL_BLOCKS: Table = LATIN | {
-    "decay": "cosine",
-    "hold": "disk",
-    "extra": ["embeddings"],
-    "num_blocks": 4,
-}
+EQUAL_BLOCKS: Table = LATIN | {"hold": "disk", "extra": ["embeddings"], "num_blocks": 4}
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -129,7 +126,7 @@ def _hadamard(rate: float, **more: Any) -> Table:
 CONTENDERS = (
     Contender(REFERENCE, {"name": "fedavg"}, codec={"name": "identity"}),
     Contender(INT8, LATIN, codec={"name": "int8"}, pace=0.5),
-    Contender(OURS, GROUPED, codec=_hadamard(16)),
+    Contender(OURS, GROUPED, codec=_hadamard(16), falls=True),
     Contender(FEDBAVG, {"name": "fedcybgd", "order": "pairs"}, codec={"name": "int8"}, pace=0.5),
     Contender(LORA, {"name": "fedavg"}, "lora", {"name": "identity"}),
     Contender(
@@ -162,21 +159,30 @@ CONTENDERS = (
         pace=0.5,
         tier=2,
     ),
-    Contender("fedcybgd int8, cosine", LATIN | {"decay": "cosine"}, codec={"name": "int8"}, tier=2),
-    Contender(f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2),
-    Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2),
+    Contender("fedcybgd int8, cosine", LATIN, codec={"name": "int8"}, tier=2, falls=True),
     Contender(
-        "fedcybgd hadamard 1/32 + EF", GROUPED, codec=_hadamard(32, error_feedback=True), tier=2
+        f"{OURS} + EF", GROUPED, codec=_hadamard(16, error_feedback=True), tier=2, falls=True
     ),
-    Contender(EMBEDDINGS, GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2),
+    Contender("fedcybgd hadamard 1/32", GROUPED, codec=_hadamard(32), tier=2, falls=True),
+    Contender(
+        "fedcybgd hadamard 1/32 + EF",
+        GROUPED,
+        codec=_hadamard(32, error_feedback=True),
+        tier=2,
+        falls=True,
+    ),
+    Contender(
+        EMBEDDINGS, GROUPED | {"extra": ["embeddings"]}, codec=_hadamard(16), tier=2, falls=True
+    ),
     Contender(
         WIDE,
         GROUPED | {"extra": ["embeddings"], "layers_per_block": 2},
         codec=_hadamard(16),
         tier=2,
+        falls=True,
     ),
-    Contender(CUT, EQUAL_BLOCKS, codec={"name": "int8"}, tier=2),
-    Contender(LONGER, EQUAL_BLOCKS, codec={"name": "int8"}, rounds=1.5, tier=2),
+    Contender(CUT, EQUAL_BLOCKS, codec={"name": "int8"}, tier=2, falls=True),
+    Contender(LONGER, EQUAL_BLOCKS, codec={"name": "int8"}, rounds=1.5, tier=2, falls=True),
     Contender(
         "lora r 8 int8, more rounds to bytes of fedcybgd int8",
         {"name": "fedavg"},
@@ -194,8 +200,7 @@ CONTENDERS = (
     ),
 )
 """In the order of their importance. Of FedCyBGD, the first is the default and the second what
-configs/fedcybgd.toml recommends. Decay over the rounds is a setting that FedAvg does not have
-here."""
+configs/fedcybgd.toml recommends. FedAvg has one learning rate in all its rounds here."""
 QUICK_NAMES = (REFERENCE, INT8, OURS, LORA, CONTENDERS[5].name)
 
 

@@ -31,13 +31,8 @@ DRAWS = 4
 def _form(name: str, download: Table, codec: Table | None = None) -> Contender:
     """One form, as lossy as it is: the gate refuses nothing."""
     lossy = download["form"] in ("proxy", "stale-subset", "low-bit")
-    method = (
-        LATIN
-        | {"decay": "cosine", "download": download}
-        | ({"gate": {"threshold": 0}} if lossy else {})
-    )
-
-    return Contender(name, method, codec=codec or {"name": "int8"})
+    method = LATIN | {"download": download} | ({"gate": {"threshold": 0}} if lossy else {})
+    return Contender(name, method, codec=codec or {"name": "int8"}, falls=True)
 
 
 THIN: Table = {"form": "proxy", "kept": 0.25, "prune": "neurons and heads"}

@@ -6,9 +6,9 @@ A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer
 numbers are finite, strings are not empty, and a list holds each string once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticKnownError
@@ -66,6 +66,9 @@ class Settings(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Keys of earlier versions, and the setting that each has become."""
 
     def conflicts(self) -> Iterator[str]:
         """Yield a line for each set of values that are valid alone but contradict each other.

@@ -354,13 +354,6 @@ LATER: dict[str, Idle] = {
         ECOLORA | {"rounds": 1},
         {"rounds": 2},
     ),
-    "decay of one cycle": Idle(
-        {"method": {"decay": "cosine"}},
-        "method.decay",
-        "the run has 1 cycle",
-        CYCLES | {"rounds": 1},
-        {"rounds": 2},
-    ),
     "growth of one round": Idle(
         {"method": {"max_growth": 5.0}},
         "method.max_growth",

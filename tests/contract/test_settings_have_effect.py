@@ -278,7 +278,6 @@ SLOW: dict[str, tuple[Table, Any]] = {
     "FedCyBgdConfig.layers_per_block": (BLOCKS, 2),
     "FedCyBgdConfig.num_blocks": (BLOCKS, 3),
     "FedCyBgdConfig.damping": (BLOCKS, 0.5),
-    "FedCyBgdConfig.decay": (BLOCKS, "cosine"),
     "FedCyBgdConfig.download": (BLOCKS, {"form": "full"}),
     "FedCyBgdConfig.extra": (BLOCKS, ["embeddings"]),
     "FedCyBgdConfig.gate": (LOSSY, {"threshold": 0.01, "examples": 2}),

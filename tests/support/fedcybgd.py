@@ -216,20 +216,17 @@ class Oracle:
     def samples(self, site: str) -> int:
         return len(self.texts.load(site).train)
 
-    def update(
-        self, state: Named, block: int, round: int, site: str, *, rate: float = 1.0
-    ) -> Named:
+    def update(self, state: Named, block: int, round: int, site: str) -> Named:
         """What `site` changes in a block, trained from `state`: what fp32 keeps of the
         difference."""
         names = self.names(block)
-        settings = self.config.train
         start = self.pool.weights({name: state[name] for name in names})
 
         with self.pool.model(state, trainable=names) as model:
             report = train(
                 model,
                 self.texts.load(site).train,
-                settings.model_copy(update={"learning_rate": rate * settings.learning_rate}),
+                self.config.train.in_round(round, self.config.rounds),
                 pad_token_id=0,
                 generator=generator(self.config.seed, "train", round, site),
                 start=start,

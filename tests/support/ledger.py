@@ -121,9 +121,7 @@ class Scene:
     def send(self, index: int, name: str = "a") -> Payload:
         """The next message to a site, as it comes out of the wire."""
         self.visits += 1
-        message = self.sender.message(
-            name, index, f"1/{self.visits}", {"round": 1, "rate": 1.0, "visits": 1}
-        )
+        message = self.sender.message(name, index, f"1/{self.visits}", {"round": 1, "visits": 1})
 
         return Payload.from_bytes(message.to_bytes())
 

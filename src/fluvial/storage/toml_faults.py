@@ -110,6 +110,10 @@ class Fault:
         return f"must be {self.right.words()}"
 
     def _unknown_key(self) -> str:
+        for table in self.right.tables:
+            if self.key in table.moved:
+                return f"no longer a setting; use {table.moved[self.key]} in its place"
+
         having = [tag for tag, each in self.others.items() if self.key in each.model_fields]
         if having:
             return (

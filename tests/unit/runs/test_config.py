@@ -56,6 +56,10 @@ def test_defaults_are_the_papers() -> None:
             {"method": {"name": "cgfedllm", "tgap": {"round": 4}}},
             "method.tgap.round: unknown key; did you mean 'rounds'?",
         ),
+        (
+            {"method": {"name": "fedcybgd", "decay": "cosine"}},
+            "method.decay: no longer a setting; use train.round_scheduler_type",
+        ),
         ({"codec": {"name": "ternary", "rat": 64}}, "codec.rat: unknown key; did you mean 'rate'?"),
         (
             {"codec": {"name": "int8", "rate": 64}},

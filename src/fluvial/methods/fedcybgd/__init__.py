@@ -61,11 +61,6 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
     check_blocks(config, given.codec, given.layout)
     _check_adapter(config, given.layout)
     _check_model(config, given.base)
-    if config.decay != "none" and given.train.round_scheduler_type != "constant":
-        raise ConfigError(
-            f"method.decay={config.decay!r}: with train.round_scheduler_type the learning rate "
-            "falls over the cycles too; remove one of the two"
-        )
 
     sent = largest_block(config, given.layout)
     public = isinstance(config.download, ProxyDownload) or config.accept.on != "always"
@@ -75,7 +70,6 @@ def plan(config: FedCyBgdConfig, given: Given) -> Plan:
         notes=notes(config),
         reads_public=config.gated or public,
         idle=_idle(config, given),
-        later=_later(given),
     )
 
 
@@ -93,13 +87,6 @@ def _idle(config: FedCyBgdConfig, given: Given) -> dict[str, str]:
         idle |= dict.fromkeys(places, apart)
 
     return idle
-
-
-def _later(given: Given) -> dict[str, str]:
-    """Return the settings that act only in later cycles than the run has, and why."""
-    if given.rounds > 1:
-        return {}
-    return {"method.decay": "the run has 1 cycle, whose learning rate is the whole"}
 
 
 def _uncompared(visits: int) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """Settings of FedCyBGD and of its centralised twin; defaults are the paper's where it gives
 values, but for the order and the form of download, where others were measured to be better."""
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,10 @@ class FedCyBgdConfig(MethodSettings):
     """FedCyBGD. A round is a cycle: every site makes one visit, so rounds are passes as in
     FedAvg."""
 
+    moved: ClassVar[Mapping[str, str]] = {
+        "decay": "train.round_scheduler_type, which baselines of the run share,"
+    }
+
     name: Literal["fedcybgd"] = "fedcybgd"
     order: Order = "latin"
     """Assignment of blocks to sites in a cycle: by a Latin square, in which every site meets every
@@ -51,8 +55,6 @@ class FedCyBgdConfig(MethodSettings):
     """Weights of the visits in an average; the released code has equal ones."""
     damping: float = Field(1.0, gt=0, le=1)
     """Share of a block's update that the server applies."""
-    decay: Literal["none", "cosine"] = "none"
-    """Decay of the learning rate over the cycles, beside the schedule of each visit."""
     download: DownloadConfig = CacheDownload()
     """Form in which a site receives the blocks that it does not train."""
     hold: Literal["memory", "disk"] = "memory"

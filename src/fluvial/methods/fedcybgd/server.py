@@ -294,11 +294,8 @@ class FedCyBgdServer(SharedModelServer):
         return ordered
 
     def _values(self, number: int) -> dict[str, Value]:
-        """Return the values of a message beside the model: round, share of the learning rate,
-        visits that share the steps."""
-        done = (number - 1) / self.context.rounds
-        rate = 0.5 * (1 + math.cos(math.pi * done)) if self.config.decay == "cosine" else 1.0
-        return {"round": number, "rate": rate, "visits": len(self.parts) if self.pooled else 1}
+        """Return the values of a message beside the model: round, visits that share the steps."""
+        return {"round": number, "visits": len(self.parts) if self.pooled else 1}
 
     def _read(self, number: int, asked: Mapping[str, Visit], _site: str, reply: Payload) -> Answer:
         name = reply.value("visit", str)

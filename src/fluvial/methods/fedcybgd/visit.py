@@ -64,19 +64,18 @@ def borrow(
     yield model
 
 
-def _orders(site: Site, message: Payload) -> tuple[int, int, int, float]:
-    """Return the block, round, visits that share the steps, and share of the learning rate; raises
-    `WireError`."""
+def _orders(site: Site, message: Payload) -> tuple[int, int, int]:
+    """Return the block, round, and visits that share the steps; raises `WireError`."""
     index = message.whole("block", 0, 2**31)
     visits = message.whole("visits", 1, 2**20)
-    return index, round_of(site, message), visits, message.number("rate", 1e-12, 1.0)
+    return index, round_of(site, message), visits
 
 
 def visit(site: Site, message: Payload) -> Payload:
     """Train one block with the others frozen, and return its coded change."""
     config: Config = site.method
     parts = partition(config, site.layout)
-    index, round, visits, rate = _orders(site, message)
+    index, round, visits = _orders(site, message)
     received = receive(config.download, site, message, parts, codec=site.codec)
 
     if received is None:
@@ -85,7 +84,6 @@ def visit(site: Site, message: Payload) -> Payload:
     block = parts.blocks[index]
     examples = site.load().train
     settings = site.train.in_round(round, site.rounds)
-    settings = settings.model_copy(update={"learning_rate": settings.learning_rate * rate})
     with site.stopwatch.time("training"):
         report = _tuned(
             site, received, settings, index, round, visits, block.layout.names, hold=config.hold

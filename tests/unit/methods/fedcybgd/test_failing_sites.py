@@ -167,9 +167,8 @@ def test_no_site_answers_for_another_site(stage: Stage, task: Callable[[Task], N
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({name: None} for name in ("block", "round", "rate", "visits", "visit")),
+        *({name: None} for name in ("block", "round", "visits", "visit")),
         *({"round": round} for round in (0, -1, 1.0)),
-        *({"rate": rate} for rate in (0.0, -1.0, 1.5, 1)),
         *({"visits": visits} for visits in (0, -1, True)),
     ],
     ids=str,
