@@ -42,7 +42,7 @@ from split_tables import (
 from table_parts import ROOT, cell, claims, listing, read, table
 
 from fluvial.formatting import human_bytes
-from fluvial.report.result_tables import ANSWERS_CAPTION, result_caption, result_rows
+from fluvial.report.result_tables import answers_caption, result_caption, result_rows
 
 QUICK = (
     "",
@@ -81,7 +81,7 @@ def quickstart() -> str:
             table(_columns(rows, QUICK)),
             f"The run in one line: {result['verdict']['line']}.",
             result_caption(rows[0]),
-            ANSWERS_CAPTION,
+            answers_caption(result),
             "Loss is the mean of -ln p over the tokens of the answers, where p is the model's "
             "probability of the right token; its unit is the nat, and lower is better. It falls at "
             f"every site, by {gains[least]:.2f} ({least}) to {max(gains.values()):.2f} nats. "

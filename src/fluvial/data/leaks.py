@@ -16,8 +16,8 @@ class Leaks:
 
     def add(self, site: str, train: Iterable[Example], heldout: Iterable[Example]) -> None:
         """Add the sequences of one site, those that `max_heldout` leaves out apart."""
-        self._trained |= {_digest(example) for example in train}
-        self._heldout[site] = [_digest(example) for example in heldout]
+        self._trained |= {digest(example) for example in train}
+        self._heldout[site] = [digest(example) for example in heldout]
 
     def by_site(self) -> dict[str, int]:
         """Return the held-out sequences of each site, token by token equal to one that any site
@@ -42,7 +42,7 @@ class Leaks:
         ]
 
 
-def _digest(example: Example) -> bytes:
+def digest(example: Example) -> bytes:
     """Return a digest of what is read and what is learned."""
     text = f"{_numbers(example.input_ids)};{_numbers(example.labels)}"
     return blake2b(text.encode(), digest_size=16).digest()

@@ -27,8 +27,8 @@ from fluvial.report.leakage_tables import leakage_by_attack
 from fluvial.report.line_rates import Rates
 from fluvial.report.result_tables import (
     ANSWER_SCORES,
-    ANSWERS_CAPTION,
     INTERVAL,
+    answers_caption,
     cut_words,
     result_caption,
     result_rows,
@@ -235,7 +235,7 @@ def _tables(rows: list[list[str]]) -> list[list[list[str]]]:
 
 def _caption(result: JsonObject, config: JsonObject, columns: str) -> str:
     """Return the meaning of the columns of the result tables, and remarks on what they measure."""
-    answers = f" {ANSWERS_CAPTION}" if result.get("questions") else ""
+    answers = f" {answers_caption(result)}" if result.get("questions") else ""
     return columns + answers + cut_words(config) + too_long_words(result)
 
 

@@ -1,5 +1,6 @@
 """Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
             row.append(percent(values.get(name)))
             if name == "exact_match":
                 right = (total or values).get(name)
-                row.append(interval_words(right, result.get("questions") or 0))
+                row.append(interval_words(right, _independent(result)))
         row += [
             human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"
         ]
@@ -100,12 +101,24 @@ def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
     return rows
 
 
-def interval_words(share: float | None, questions: int) -> str:
-    """Return Wilson's 95 % interval of a share of right answers, in per cent."""
+def _independent(result: JsonObject) -> float:
+    """Return the number of questions that the interval of exact match counts."""
+    overlap = result.get("overlap") or {}
+    return float(overlap.get("independent_questions") or result.get("questions") or 0)
+
+
+def interval_words(share: float | None, questions: float) -> str:
+    """Return Wilson's 95 % interval of a share of right answers, in per cent.
+
+    `questions` is the number of independent ones, which need not be whole.
+    """
     if share is None or not questions:
         return "-"
-    found = stats.binomtest(round(share * questions), questions).proportion_ci(method="wilson")
-    return f"{100 * found.low:.1f} - {100 * found.high:.1f} %"
+    z = float(stats.norm.ppf(0.975))
+    centre = share + z * z / (2 * questions)
+    half = z * math.sqrt(share * (1 - share) / questions + z * z / (4 * questions**2))
+    low, high = ((end / (1 + z * z / questions)) for end in (centre - half, centre + half))
+    return f"{100 * max(low, 0.0):.1f} - {100 * min(high, 1.0):.1f} %"
 
 
 def _line_time(traffic: JsonObject, rates: Rates) -> str:
@@ -130,10 +143,28 @@ def result_caption(headings: Sequence[str], rates: Rates = PLAIN) -> str:
     )
 
 
-ANSWERS_CAPTION = (
-    "Means over the sites, each counting the same; result.json has those over all questions too. "
-    "The interval of exact match is Wilson's, over all questions together."
-)
+def answers_caption(result: JsonObject) -> str:
+    """Return the meaning of the scores of greedy answers, and of their interval."""
+    means = (
+        "Means over the sites, each counting the same; result.json has those over all questions "
+        "too. The interval of exact match is Wilson's, over all questions together"
+    )
+    overlap = result.get("overlap", {})
+    asked = result.get("questions") or 0
+    if overlap is None and result["sites"] > 1:
+        return (
+            f"{means}; it assumes that no two sites share a question, which the server cannot see."
+        )
+    if not overlap or overlap["independent_questions"] >= asked:
+        return f"{means}."
+
+    once = overlap["distinct_questions"]
+    if overlap["independent_questions"] == once:
+        return f"{means}, each counted once: the {asked} answers are to {once} distinct questions."
+    return (
+        f"{means}: {asked} answers to {once} distinct questions, which count as "
+        f"{overlap['independent_questions']:.0f} because some were asked more often."
+    )
 
 
 def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
@@ -151,7 +182,7 @@ def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
     if not scores and "pooled loss" not in headings:
         return Group(_columns(headings, rows, others, "Result", caption))
 
-    answers = ANSWERS_CAPTION + too_long_words(result)
+    answers = answers_caption(result) + too_long_words(result)
     first = headings.index(TRAFFIC[0])
     losses = [at for at in others if at < first]
     traffic = [at for at in others if at >= first]

@@ -3,15 +3,17 @@
 import platform
 import resource
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from fluvial import __version__
+from fluvial.data import POOLED, Overlap, SiteTexts
 from fluvial.federation.meter import APART, MEASURING, Kind
 from fluvial.methods import BASELINES
 from fluvial.methods.interface import Export, Measures, Traits
-from fluvial.methods.measuring import SiteMeasures
+from fluvial.methods.measuring import SiteMeasures, Texts
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
 from fluvial.storage.run_files import COMPARE, DESCRIBED, DESCRIPTION, read_result
@@ -32,6 +34,7 @@ def result_of(
     traffic: dict[str, Any],
     setup: dict[str, Any],
     wall_s: float,
+    texts: Texts,
     own_models: dict[str, dict[str, SiteMeasures]] | None = None,
 ) -> dict[str, Any]:
     """Return everything that a run found, beside the results of its baselines in `folder`.
@@ -60,6 +63,7 @@ def result_of(
         },
         "questions": final.answers.questions,
         "questions_too_long": final.answers.too_long,
+        "overlap": _overlap(texts, list(final.by_site)),
         "heldout_by_site": {
             site: {"base": base.by_site[site], "final": row}
             for site, row in final.by_site.items()
@@ -93,6 +97,14 @@ def result_of(
     compared: dict[str, Any] = {name: _stored(folder, name) for name in config.compare}
     result["verdict"] = judge(result, compared).to_json()
     return result
+
+
+def _overlap(texts: Texts, sites: Sequence[str]) -> dict[str, Any] | None:
+    """Return how far `sites` measure on the same records; None where their data is elsewhere."""
+    if not isinstance(texts, SiteTexts):
+        return None
+    data = [texts.pooled()] if POOLED in sites else map(texts.load, sites)
+    return asdict(Overlap.of(data))
 
 
 def coding_of(config: RunConfig) -> str | None:

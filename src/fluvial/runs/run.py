@@ -369,6 +369,7 @@ class Run:
             traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, raw),
             setup=self.setup,
             wall_s=self._elapsed(),
+            texts=self.texts,
             own_models=self.own_models and self.own_models(),
         )
         write_cards(self.folder.path, self.config, result)
@@ -377,7 +378,6 @@ class Run:
     def _reporting(self) -> Reporting:
         config = self.config
         promise = config.promise
-
         return Reporting(
             settings=config.resolved(),
             rounds=config.rounds,

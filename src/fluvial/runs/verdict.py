@@ -25,6 +25,8 @@ class Comparison:
     """Sites whose loss is lower than the other run's."""
     difference: float
     """Mean over these sites of this run's loss less the other's, nats per token."""
+    once: bool = False
+    """True where all sites compare the same two models on one held-out set."""
 
     @property
     def answer(self) -> Answer:
@@ -47,6 +49,8 @@ class Verdict:
     base: Comparison | None
     itself: Reference | None = None
     """The baseline that this run is, which it is not compared with."""
+    one_set: bool = False
+    """True where all sites measure on the same held-out records."""
     exact_match: dict[str, float] = field(default_factory=dict)
     """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
     empty where this run has no answers."""
@@ -82,7 +86,8 @@ class Verdict:
 
         first = self.against
         others = [name for name in NAMES if name not in (first, self.itself)]
-        parts = [_leading(NAMES[first], getattr(self, first))] if first else []
+        where = f"one held-out set that all {self.measured} sites share" if self.one_set else ""
+        parts = [_leading(NAMES[first], getattr(self, first), where)] if first else []
         if self.exact_match:
             parts = [self._score(), *(part[:1].lower() + part[1:] for part in parts)]
         parts += [_further(NAMES[name], getattr(self, name)) for name in others]
@@ -126,7 +131,8 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
 
     for name in ("local", "fedavg"):
         tables[name] = losses(compared.get(name) or {}, "final") if name != itself else {}
-    found = {name: _compare(final, table) for name, table in tables.items()}
+    one_set = bool((result.get("overlap") or {}).get("one_set"))
+    found = {name: _compare(final, table, one_set) for name, table in tables.items()}
     return Verdict(
         sites=int(result.get("sites", len(final))),
         measured=len(final),
@@ -134,6 +140,7 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
         fedavg=found["fedavg"],
         base=found["base"],
         itself=itself,
+        one_set=one_set,
         exact_match=_scores(result, {name: compared.get(name) or {} for name in tables}, itself),
     )
 
@@ -172,17 +179,30 @@ def loss_of(measures: Mapping[str, Any] | None) -> float | None:
     return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
 
 
-def _compare(ours: Mapping[str, float], theirs: Mapping[str, float]) -> Comparison | None:
-    gains = [ours[site] - theirs[site] for site in ours if site in theirs]
-    if not gains:
+def _compare(
+    ours: Mapping[str, float], theirs: Mapping[str, float], one_set: bool
+) -> Comparison | None:
+    pairs = [(ours[site], theirs[site]) for site in ours if site in theirs]
+    if not pairs:
         return None
-    return Comparison(len(gains), sum(gain < 0 for gain in gains), math.fsum(gains) / len(gains))
+    gains = [own - other for own, other in pairs]
+    return Comparison(
+        len(gains),
+        sum(gain < 0 for gain in gains),
+        math.fsum(gains) / len(gains),
+        once=one_set and len(set(pairs)) == 1,
+    )
 
 
-def _leading(name: str, found: Comparison) -> str:
+def _leading(name: str, found: Comparison, where: str) -> str:
+    """Return the comparison that decides; `where` names a held-out set that all sites share."""
     distance = f"{abs(found.difference):.4f}"
     way = "lower" if found.difference < 0 else "higher"
     mean = "mean loss level" if float(distance) == 0 else f"mean loss {distance} nats {way}"
+    if found.once:
+        verb = "Helped" if found.better else "Did not help"
+        return f"{verb} against {name} on {where} ({mean.removeprefix('mean ')})"
+    mean += f", on {where}" if where else ""
 
     if found.answer == "no":
         verb = "Did not help against"
@@ -195,8 +215,8 @@ def _leading(name: str, found: Comparison) -> str:
 def _further(name: str, found: Comparison | None) -> str:
     if found is None:
         return f"{name} not measured"
-    sites = f"(better at {found.better} of {found.sites} sites)"
+    sites = "" if found.once else f" (better at {found.better} of {found.sites} sites)"
     distance = f"{abs(found.difference):.4f}"
     if float(distance) == 0:
-        return f"level with {name} {sites}"
-    return f"{distance} nats {'ahead of' if found.difference < 0 else 'behind'} {name} {sites}"
+        return f"level with {name}{sites}"
+    return f"{distance} nats {'ahead of' if found.difference < 0 else 'behind'} {name}{sites}"

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fluvial.data import Overlap, SiteTexts
 from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults
 from fluvial.data.records import Answered
@@ -67,6 +68,34 @@ def test_faults_name_site_file_and_line(by_site: dict[str, Any], tmp_path: Path)
     assert north.startswith("data.by_site.north: ")
     assert "north.csv, line 22: has 3 cells, the header has 2; " in north
     assert south.startswith("data.by_site.south.source: there is no file or folder")
+
+
+@pytest.mark.parametrize(
+    ("shared", "one_set", "distinct", "independent"),
+    [
+        ("north south west", True, 20, 20),
+        ("north south", False, 22, 42**2 / (20 * 4 + 2)),
+        ("", False, 6, 6),
+    ],
+)
+def test_a_heldout_record_of_several_sites_is_known_as_one(
+    by_site: dict[str, Any],
+    tmp_path: Path,
+    tokenizer: Any,
+    shared: str,
+    one_set: bool,
+    distinct: int,
+    independent: float,
+) -> None:
+    common = [{"prompt": f"asked {number}", "completion": "x"} for number in range(20)]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(each) + "\n" for each in common))
+    for name in shared.split():
+        source = str(tmp_path / "all.jsonl")
+        by_site[name] |= {"heldout_source": source, "heldout": {"columns": {}}}
+    texts = SiteTexts(DataConfig(by_site=by_site, max_length=256), tokenizer, seed=0)
+    found = Overlap.of(map(texts.load, texts.names))
+    assert (found.one_set, found.distinct_questions) == (one_set, distinct)
+    assert found.independent_questions == pytest.approx(independent)
 
 
 @pytest.mark.parametrize(

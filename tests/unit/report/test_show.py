@@ -3,7 +3,6 @@ models say runs."""
 
 import io
 import json
-import math
 import re
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any, cast
 
 import pytest
 from rich.console import Console, RenderableType
+from scipy.stats import binomtest
 
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.formatting import human_bytes, human_ratio, human_seconds
@@ -367,14 +367,43 @@ def test_scores_of_answers_have_a_table_that_80_columns_hold() -> None:
     )
 
 
-def test_the_interval_of_exact_match_is_wilsons() -> None:
-    questions, share, z = 256, 225 / 256, 1.959963984540054
-    centre = (share + z * z / (2 * questions)) / (1 + z * z / questions)
-    root = math.sqrt(share * (1 - share) / questions + z * z / (4 * questions**2))
-    half = z / (1 + z * z / questions) * root
-    expected = f"{100 * (centre - half):.1f} - {100 * (centre + half):.1f} %"
-    assert result_tables.interval_words(share, questions) == expected
+@pytest.mark.parametrize(("hits", "questions"), [(225, 256), (0, 40), (40, 40), (13, 40)])
+def test_the_interval_of_exact_match_is_wilsons(hits: int, questions: int) -> None:
+    found = binomtest(hits, questions).proportion_ci(method="wilson")
+    expected = f"{100 * found.low:.1f} - {100 * found.high:.1f} %"
+    assert result_tables.interval_words(hits / questions, questions) == expected
     assert result_tables.interval_words(None, questions) == "-"
+
+
+@pytest.mark.parametrize(
+    ("overlap", "counted", "words"),
+    [
+        ({"overlap": {"distinct_questions": 30, "independent_questions": 30.0}}, 30, "together."),
+        (
+            {"overlap": {"distinct_questions": 10, "independent_questions": 10.0}},
+            10,
+            "each counted once: the 30 answers are to 10 distinct questions.",
+        ),
+        (
+            {"overlap": {"distinct_questions": 20, "independent_questions": 18.0}},
+            18,
+            "30 answers to 20 distinct questions, which count as 18 because some were asked more "
+            "often.",
+        ),
+        ({"overlap": None}, 30, "it assumes that no two sites share a question"),
+        ({}, 30, "together."),
+    ],
+)
+def test_the_interval_counts_a_shared_question_once(
+    overlap: dict[str, Any], counted: int, words: str
+) -> None:
+    run = result("fedavg", "int8", 3.25, 8000, 131200) | {"questions": 30} | overlap
+    run["heldout"]["final"]["exact_match"] = 0.5
+    headings, *_, ours = result_tables.result_rows(run)
+    found = binomtest(counted // 2, counted).proportion_ci(method="wilson")
+    cells = dict(zip(headings, ours, strict=True))
+    assert cells[result_tables.INTERVAL] == f"{100 * found.low:.1f} - {100 * found.high:.1f} %"
+    assert words in result_tables.answers_caption(run)
 
 
 def test_the_time_on_a_line_is_that_of_one_sites_bytes() -> None:

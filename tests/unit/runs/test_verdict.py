@@ -77,6 +77,29 @@ def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str
     assert judge(made(final), {"local": made([3.0] * 4)}).line().startswith(words)
 
 
+@pytest.mark.parametrize(
+    ("local", "words"),
+    [
+        (
+            [2.9, 2.9, 2.7],
+            "Helped at 2 of 3 sites against local training (mean loss 0.0333 nats lower, on one "
+            "held-out set that all 3 sites share); the uncompressed run not measured; 0.2000 nats "
+            "ahead of the base model",
+        ),
+        (
+            None,
+            "Helped against the base model on one held-out set that all 3 sites share (loss 0.2000 "
+            "nats lower); local training not measured; the uncompressed run not measured",
+        ),
+    ],
+)
+def test_two_models_on_a_set_that_all_sites_share_are_one_comparison(
+    local: list[float | None] | None, words: str
+) -> None:
+    shared = made([2.8] * 3, overlap={"one_set": True})
+    assert judge(shared, {"local": made(local) if local else None}).line() == words
+
+
 def scored(score: float, base: float, loss: float = 2.9) -> dict[str, Any]:
     """A result with this loss at four sites, and this mean exact match."""
     found = made([loss] * 4)
