@@ -146,7 +146,7 @@ def _content(run: JsonObject) -> JsonObject:
         "finished": result is not None,
         "folder": run["folder"],
         "verdict": first_lines(run, method),
-        "tiles": tiles(result, score) if result else [],
+        "tiles": tiles(run, score) if result else [],
         "tables": _tables(rows) if rows else [],
         "tasks": tasks_of_run(result or {}),
         "caption": _caption(result, config, result_caption(rows[0], rates)) if result else "",

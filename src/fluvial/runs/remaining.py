@@ -86,7 +86,8 @@ class Remaining:
     def left_s(self) -> float | None:
         """Return the seconds of all rounds to come; None before the first was measured.
 
-        A run without a measured round is taken to be as fast as those that have some.
+        A run without a measured round is taken to be as fast as those that have some; its codec
+        and its set-up are not in it.
         """
         means = {name: fmean(seconds[-RECENT:]) for name, seconds in self._seconds.items()}
         if not means:
@@ -99,10 +100,15 @@ class Remaining:
         """Return the time left for people; empty while nothing is known."""
         rounds = self.left_s()
         set_up = self._set_up.left_s
+        about = "the rounds" if rounds is None else f"about {rough(rounds)}{self._or_more()}"
         if set_up is None:
-            return "" if rounds is None else f"about {rough(rounds)} left"
-        then = "then the rounds" if rounds is None else f"then about {rough(rounds)}"
-        return f"set-up about {rough(set_up)}, {then}"
+            return "" if rounds is None else f"{about} left"
+        return f"set-up about {rough(set_up)}, then {about}"
+
+    def _or_more(self) -> str:
+        """Return " or more" where a run to come may have slower rounds than those measured."""
+        unknown = [name for name, left in self._left.items() if left and name not in self._seconds]
+        return " or more" if unknown else ""
 
 
 def rough(seconds: float) -> str:
