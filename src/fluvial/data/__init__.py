@@ -3,7 +3,7 @@
 from fluvial.data.config import DataConfig, SourceSettings
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.faults import DataError
-from fluvial.data.overlap import Overlap
+from fluvial.data.overlap import Overlap, independent
 from fluvial.data.records import Numbers
 from fluvial.data.templates import inlined_template, with_template
 from fluvial.data.texts import POOLED, SiteData, SiteTexts
@@ -24,6 +24,7 @@ __all__ = [
     "SourceSettings",
     "Tokenized",
     "Whole",
+    "independent",
     "inlined_template",
     "read_whole",
     "tokenize",

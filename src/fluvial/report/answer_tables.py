@@ -17,6 +17,15 @@ LABELS = {
     "chrf": "chrF, 0 to 100",
 }
 
+SHORT = {key: label.partition(",")[0] for key, label in LABELS.items()}
+"""Labels of the scores without what tells them apart."""
+METHODS = {
+    "bootstrap": "bootstrap over questions (BCa)",
+    "clopper-pearson": "exact (Clopper-Pearson), because all answers are alike",
+    "sacrebleu": "sacreBLEU's bootstrap over answers",
+}
+"""Words for the methods of intervals."""
+
 
 def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[Table]:
     """Return a table of all answers, and one with a row for each site and score."""
@@ -26,7 +35,14 @@ def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[
     models = [model for model in headings if model in answers]
     columns = [headings[model] for model in models]
     columns += ["difference"] if "difference" in answers else []
-    notes = [f"greedy, at most {answers['max_new_tokens']} tokens", "95 % bootstrap intervals"]
+    notes = [f"greedy, at most {answers['max_new_tokens']} tokens"]
+    notes += _interval_notes(answers, {model: headings[model] for model in models})
+    if answers["distinct_questions"] < answers["questions"]:
+        notes += [
+            f"{answers['distinct_questions']} distinct questions, each of which an interval counts "
+            "once"
+        ]
+    notes += [f"{SHORT[key]} is left out: {why}" for key, why in answers["left_out"].items()]
     if answers["too_long"]:
         count = answers["too_long"]
         notes += [f"{count} prompts leave less room in the context: shorter or empty answers"]
@@ -38,7 +54,7 @@ def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[
     for site, part in answers.get("by_site", {}).items():
         for key in part[models[0]]:
             if key != "exact_match_squad":
-                name = LABELS[key].partition(",")[0]
+                name = SHORT[key]
                 cells = _cells(part, key, models)
                 sites.append([safe_text(site), str(part["questions"]), name, *cells])
 
@@ -46,6 +62,42 @@ def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[
         names = ["site", "records", "score", *columns]
         tables.append(table(names, sites, "Generated answers by site"))
     return tables
+
+
+def interval_words(choices: JsonObject, headings: dict[str, str]) -> list[str]:
+    """Return which method made the interval of each model's accuracy."""
+    found: dict[str, list[str]] = {}
+    for model, heading in headings.items():
+        found.setdefault(choices[model]["interval_by"], []).append(heading)
+    return [
+        f"95 % interval{' of ' + ', '.join(models) if len(found) > 1 else ''}: {METHODS[method]}"
+        for method, models in found.items()
+    ]
+
+
+def _interval_notes(answers: JsonObject, headings: dict[str, str]) -> list[str]:
+    """Return which method made which of the intervals."""
+    columns = {**headings, **({"difference": "difference"} if "difference" in answers else {})}
+    places: dict[str, dict[str, list[str]]] = {}
+    for model, heading in columns.items():
+        for key, figure in answers[model].items():
+            if figure["interval_by"] is not None:
+                places.setdefault(figure["interval_by"], {}).setdefault(heading, []).append(key)
+
+    if len(places) == 1:
+        return [f"95 % intervals: {METHODS[method]}" for method in places]
+    usual = max(places, key=lambda method: sum(map(len, places[method].values())), default="")
+    notes = [f"95 % intervals: {METHODS[usual]}"] if places else []
+    for method, found in places.items():
+        if method != usual:
+            rows = [f"{name} ({', '.join(map(_row, keys))})" for name, keys in found.items()]
+            notes.append(f"{METHODS[method]}: {', '.join(rows)}")
+    return notes
+
+
+def _row(key: str) -> str:
+    """Return the name of a row in a sentence."""
+    return "exact match as in SQuAD" if key == "exact_match_squad" else SHORT[key]
 
 
 def _cells(scored: JsonObject, key: str, models: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial.formatting import safe_text
-from fluvial.report.answer_tables import answer_tables
+from fluvial.report.answer_tables import answer_tables, interval_words
 from fluvial.report.harness_table import harness_table
 from fluvial.report.tables import table
 from fluvial.storage.run_files import JsonObject
@@ -92,6 +92,7 @@ def _choice_tables(choices: JsonObject, headings: dict[str, str]) -> list[Table]
         f"{choices['shots']} shots",
     ]
     notes += [f"chance {choices['chance']:.2f}"]
+    notes += interval_words(choices, {model: headings[model] for model in models})
 
     if "difference" in choices:
         span = choices["difference"]["interval"]

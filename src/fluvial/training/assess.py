@@ -247,6 +247,7 @@ def _choice_result(
             "macro_accuracy": _macro(marks[name]),
             "standard_error": marks[name].standard_error,
             "interval": [interval.low, interval.high],
+            "interval_by": interval.method,
         }
 
     if "base" in marks:

@@ -8,8 +8,10 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -21,10 +23,17 @@ from fluvial.training.train import collate
 
 logger = logging.getLogger(__name__)
 
+Array = npt.NDArray[np.float64]
+
 BATCH_ROWS = 16
 BATCH_TOKENS = 2048
 """Bounds of one forward pass; the logits of a large vocabulary are what fills the memory."""
 RESAMPLES = 2000
+
+
+IntervalMethod = Literal["bootstrap", "clopper-pearson", "sacrebleu"]
+"""Origin of an interval: the BCa bootstrap over distinct questions (Efron 1987), the exact interval
+of a share (Clopper and Pearson 1934), or the bootstrap of sacreBLEU over answers."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Interval:
     mean: float
     low: float
     high: float
+    method: IntervalMethod
 
 
 @torch.no_grad()
@@ -155,22 +165,29 @@ def exact_interval(hits: int, count: int) -> Interval:
     from scipy.stats import binomtest
 
     exact = binomtest(hits, count).proportion_ci(0.95)
-    return Interval(hits / count, float(exact.low), float(exact.high))
+    return Interval(hits / count, float(exact.low), float(exact.high), "clopper-pearson")
 
 
-def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
+def bootstrap(
+    values: Sequence[float], seed: int, counts: Sequence[int] | None = None
+) -> Interval | None:
     """Return the mean of `values` with its 95 % BCa interval over questions (Efron 1987).
 
-    Return None where all values are equal.
+    `counts` has how often each question was asked, if not once: the mean is over all answers, and a
+    question is drawn with all of its answers. Return None where all values are equal.
     """
     if len(set(values)) < 2:
         return None
 
     from scipy import stats
 
+    weights = np.asarray([1] * len(values) if counts is None else counts, dtype=np.float64)
+    sums = np.asarray(values, dtype=np.float64) * weights
+    once = bool((weights == 1).all())
     result = stats.bootstrap(
-        (np.asarray(values, dtype=np.float64),),
-        np.mean,
+        (sums,) if once else (sums, weights),
+        np.mean if once else _ratio,
+        paired=not once,
         n_resamples=RESAMPLES,
         batch=100,  # resamples at a time, so that a full MMLU needs megabytes
         confidence_level=0.95,
@@ -179,4 +196,9 @@ def bootstrap(values: Sequence[float], seed: int) -> Interval | None:
     )
     low, high = (float(end) for end in result.confidence_interval)
 
-    return Interval(math.fsum(values) / len(values), low, high)
+    return Interval(math.fsum(sums) / math.fsum(weights), low, high, "bootstrap")
+
+
+def _ratio(sums: Array, weights: Array, axis: int) -> Array:
+    """Return the mean over the answers to some questions, whose sums and numbers these are."""
+    return np.asarray(sums.sum(axis) / weights.sum(axis))

@@ -6,16 +6,17 @@ normalised exact match are those of SQuAD (Rajpurkar et al., 2016).
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from fluvial.data import Question
+from fluvial.data import Question, independent
 from fluvial.errors import ConfigError
 from fluvial.models.generation import AT_ONCE, continuations, count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.training.answer_scores import AnswerSums, squad_words
 from fluvial.training.choice_scores import Interval, bootstrap, exact_interval
+from fluvial.training.rouge import has_pairs
 from fluvial.wire.tensors import Named
 
 Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf"]
@@ -29,6 +30,8 @@ _KEYS: dict[Metric, tuple[str, ...]] = {
 }
 """Scores of one answer that belong to a metric; the others are scores of all answers together."""
 _RESAMPLES = 1000
+NO_PAIRS = "no reference has two words of a-z and 0-9"
+"""Why answers have no ROUGE-2, which counts pairs of words."""
 MISSING = "--metrics {}: needs sacreBLEU: pip install 'fluvial[evaluation]'"
 
 
@@ -88,6 +91,8 @@ def answer_result(
         "metrics": list(config.metrics),
         "max_new_tokens": config.max_new_tokens,
         "too_long": count_too_long(pool.tokenizer, prompts, config.max_new_tokens, context),
+        "distinct_questions": len(set(questions)),
+        "left_out": {} if _measurable("rouge_2", questions) else _left_out(config.metrics),
         **_scored(answers, questions, config, seed),
     }
     if sites:
@@ -110,6 +115,17 @@ def _part(
     return own, [questions[place] for place in places]
 
 
+def _measurable(key: str, questions: Iterable[Question]) -> bool:
+    """Return False for ROUGE-2 where no reference has a pair of words."""
+    texts = (text for each in questions for text in (each.answer, *each.references))
+    return key != "rouge_2" or has_pairs(texts)
+
+
+def _left_out(metrics: Sequence[Metric]) -> dict[str, str]:
+    """Return the scores of `metrics` that answers of one word do not have, and why."""
+    return {"rouge_2": NO_PAIRS} if "rouge" in metrics else {}
+
+
 def _scored(
     answers: Mapping[str, Sequence[str]],
     questions: Sequence[Question],
@@ -118,7 +134,13 @@ def _scored(
 ) -> dict[str, Any]:
     """Return the scores of each model over `questions`, and the differences of two."""
     references = [(question.answer, *question.references) for question in questions]
-    keys = [key for metric in config.metrics for key in _KEYS[metric]]
+    keys = [
+        key for metric in config.metrics for key in _KEYS[metric] if _measurable(key, questions)
+    ]
+    places: dict[Question, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question, []).append(place)
+    same = list(places.values())
     values = {
         name: [_scores(*pair) for pair in zip(given, references, strict=True)]
         for name, given in answers.items()
@@ -128,7 +150,9 @@ def _scored(
     for name, rows in values.items():
         result[name] = {
             key: _figure(
-                _mean_interval([row[key] for row in rows], seed, shares=key.startswith("exact"))
+                _mean_interval(
+                    [row[key] for row in rows], same, seed, shares=key.startswith("exact")
+                )
             )
             for key in keys
         } | {
@@ -140,7 +164,7 @@ def _scored(
     if "base" in values and "adapter" in values:
         pairs = list(zip(values["base"], values["adapter"], strict=True))
         result["difference"] = {
-            key: _figure(_mean_interval([new[key] - old[key] for old, new in pairs], seed))
+            key: _figure(_mean_interval([new[key] - old[key] for old, new in pairs], same, seed))
             for key in keys
         }
     return result
@@ -153,22 +177,38 @@ def _scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     return AnswerSums.of(answer, references).means(1) | {"exact_match_squad": float(normalised)}
 
 
-def _mean_interval(values: Sequence[float], seed: int, *, shares: bool = False) -> Interval:
-    """Return the mean of `values` with its bootstrap interval over questions.
+def _mean_interval(
+    values: Sequence[float], same: Sequence[Sequence[int]], seed: int, *, shares: bool = False
+) -> Interval | float:
+    """Return the mean of `values` with its bootstrap interval over distinct questions.
 
-    Where all values are alike, the interval of a share is the exact one, and any other is empty.
+    `same` has the places of each distinct question. Where all values are alike, the interval of a
+    share is the exact one, and any other value is returned without an interval.
     """
-    found = bootstrap(values, seed)
+    counts = [len(places) for places in same]
+    means = [_mean([values[place] for place in places]) for places in same]
+    found = bootstrap(means, seed, counts)
     if found is not None:
         return found
     if shares:
-        return exact_interval(round(sum(values)), len(values))
-    return Interval(values[0], math.nan, math.nan)
+        count = math.floor(independent(counts))
+        return exact_interval(round(means[0]) * count, count)
+    return means[0]
 
 
-def _figure(interval: Interval) -> dict[str, Any]:
-    known = not math.isnan(interval.low)
-    return {"mean": interval.mean, "interval": [interval.low, interval.high] if known else None}
+def _mean(values: Sequence[float]) -> float:
+    """Return the mean, without rounding where all values are equal."""
+    return values[0] if len(set(values)) == 1 else math.fsum(values) / len(values)
+
+
+def _figure(found: Interval | float) -> dict[str, Any]:
+    if isinstance(found, float):
+        return {"mean": found, "interval": None, "interval_by": None}
+    return {
+        "mean": found.mean,
+        "interval": [found.low, found.high],
+        "interval_by": found.method,
+    }
 
 
 def _sacrebleu(metric: Metric) -> Any:
@@ -193,4 +233,5 @@ def _corpus_score(
     found = scorer.corpus_score(list(answers), streams, n_bootstrap=_RESAMPLES)
     told = json.loads(found.format(4, signature=str(scorer.get_signature()), is_json=True))
     middle, half = told["confidence_mean"], told["confidence_var"]
-    return {"mean": found.score, "interval": [max(0.0, middle - half), min(100.0, middle + half)]}
+    low, high = max(0.0, middle - half), min(100.0, middle + half)
+    return _figure(Interval(found.score, low, high, "sacrebleu"))

@@ -5,7 +5,7 @@ recall. The words are those of the package: runs of a-z and 0-9, lower case, no 
 package imports nltk, which takes a second, and is imported when the first text is scored.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,6 +21,13 @@ class Rouge(NamedTuple):
 def rouge(text: str, references: Sequence[str]) -> Rouge:
     """Return the scores of a text, each against the reference that it meets best."""
     return _scores(_scorer().score_multi(references, text))
+
+
+def has_pairs(texts: Iterable[str]) -> bool:
+    """Return True if one of `texts` has two words, without which ROUGE-2 is 0 for each answer."""
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return any(len(DefaultTokenizer().tokenize(text)) > 1 for text in texts)
 
 
 def rouge_of_ids(read: Sequence[int], sent: Sequence[int]) -> Rouge:

@@ -1,6 +1,7 @@
 """Scores of generated answers: batched generation, figures by site, intervals, and refusals."""
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from lm_eval.tasks.mlqa.utils import exact_match_score, f1_score
+from scipy import stats
 from typer.testing import CliRunner
 
 from fluvial.cli import app
@@ -19,7 +21,8 @@ from fluvial.models.generation import SHORT, continuations
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.training.answer_scores import squad_words, token_f1
-from fluvial.training.generated import AnswerConfig, _scored
+from fluvial.training.choice_scores import bootstrap
+from fluvial.training.generated import NO_PAIRS, AnswerConfig, _scored
 from tests.support.runs import run_table
 
 SITES = ("north", "south", "south")
@@ -164,6 +167,52 @@ def test_a_difference_is_over_the_same_records() -> None:
     assert change["mean"] == pytest.approx(2 / 8)
     assert 0 <= change["interval"][0] < 2 / 8 < change["interval"][1]
     assert found["base"]["exact_match"]["mean"] == pytest.approx(2 / 8)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize(("right", "method"), [(6, "bootstrap"), (0, "clopper-pearson")])
+def test_a_record_that_several_sites_ask_counts_once(times: int, right: int, method: str) -> None:
+    questions = [Question(f"p {number}", f"a {number}") for number in range(20)] * times
+    answers = [each.answer if int(each.answer[2:]) < right else "x" for each in questions]
+    figure = _scored({"model": answers}, questions, AnswerConfig(4), 0)["model"]["exact_match"]
+    assert (figure["mean"], figure["interval_by"]) == (right / 20, method)
+    low, high = figure["interval"]
+    if right:
+        once = stats.bootstrap(
+            ([1.0] * right + [0.0] * (20 - right),), np.mean, method="BCa", rng=1, n_resamples=20000
+        ).confidence_interval
+        assert (low, high) == pytest.approx((once.low, once.high), abs=0.051)  # one record of 20
+    else:
+        assert (low, high) == pytest.approx((0, stats.beta.ppf(0.975, 1, 20)))
+
+
+def test_unequal_counts_weigh_in_the_mean_and_its_interval() -> None:
+    """The standard error of a ratio, by the formula of Cochran (1977, sec. 6.4)."""
+    draw = np.random.default_rng(0)
+    counts = draw.integers(1, 6, 400)
+    values = draw.random(400)
+    found = bootstrap(values.tolist(), 0, counts.tolist())
+    assert found is not None
+    mean = float(values @ counts / counts.sum())
+    error = math.sqrt(((values - mean) * counts).var(ddof=1) * 400) / counts.sum()
+    assert found.mean == pytest.approx(mean)
+    assert found.low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert found.high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
+
+
+@pytest.mark.parametrize(("word", "left_out"), [("river", {"rouge_2": NO_PAIRS}), ("a river", {})])
+def test_rouge_2_is_left_out_where_no_reference_has_two_words(
+    tiny_model: Path, tmp_path: Path, word: str, left_out: dict[str, str]
+) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text(json.dumps({"prompt": "Name:", "completion": f" {word}"}) + "\n")
+    command = ["evaluate", str(tiny_model), "--data", str(path), "--max-new-tokens", "2"]
+    answers = _evaluate(*command[1:])["data"]["answers"]
+    assert answers["left_out"] == left_out
+    assert ("rouge_2" in answers["model"]) == (not left_out)
+    words = " ".join(CliRunner().invoke(app, command).stdout.split())
+    assert ("ROUGE-2 is left out: no reference has two words" in words) == bool(left_out)
+    assert "95 % intervals: exact (Clopper-Pearson), because all answers are alike" in words
 
 
 def test_the_sites_of_a_run_are_those_of_its_column(
