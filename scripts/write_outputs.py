@@ -18,7 +18,7 @@ COLUMNS = 96
 LONGEST = 60
 """Largest number of lines of one command; further lines are only counted."""
 RESULT = "Greedy answers"
-ROUNDS = 14
+ROUNDS = 11
 """Lines before the tables of the result that are shown."""
 COMMANDS = (
     ("check", "configs/quickstart.toml"),

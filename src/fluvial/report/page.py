@@ -56,8 +56,8 @@ FURTHER = ("next-token accuracy", ANSWER_SCORES["f1"], ANSWER_SCORES["rouge_l"])
 AXES = {"round": "By round", "up": "By bytes up", "both": "By all bytes", "seconds": "By time"}
 """Axes of losses and scores, with the words of their tabs."""
 MEASURES = {
-    "cosine": "Innovation cosine",
-    "aggregate_cosine": "of the aggregate",
+    "cosine": "Cosine to the true update",
+    "aggregate_cosine": "cosine of the aggregate",
     "shuffled_error": "error with frames shuffled",
     "product_error": "error of the weights' change",
     "contraction": "contraction",
@@ -178,7 +178,7 @@ def _content(run: JsonObject) -> JsonObject:
         "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None}
         if gate
         else {},
-        "verdicts": _verdicts(gate) if gate else [],
+        "criteria": _criteria(gate) if gate else [],
         "samples": [
             {
                 "prompt": safe_text(sample["prompt"]),
@@ -294,23 +294,17 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     return found
 
 
-def _verdicts(gate: JsonObject) -> list[JsonObject]:
-    """Return the criteria of the gate and those of the reproduction, with their verdicts.
+def _criteria(gate: JsonObject) -> list[JsonObject]:
+    """Return the criteria of the gate with their verdicts.
 
-    A run records only the failed criteria of the gate by name.
+    A run records only the failed ones by name.
     """
     holds = (
         "finite, a contraction, depends on the input, and better than every predictor for A, B "
         "and the aggregate"
     )
-    ours = [{"what": reason, "holds": False} for reason in gate["failed"]] or [
+    return [{"what": reason, "holds": False} for reason in gate["failed"]] or [
         {"what": holds, "holds": True}
-    ]
-    theirs = [{"what": name, "holds": value} for name, value in gate["reproduction"].items()]
-
-    return [
-        {"name": "Fluvial's gate, which decides", "rows": ours},
-        {"name": "The reproduction's thresholds, for comparison", "rows": theirs},
     ]
 
 

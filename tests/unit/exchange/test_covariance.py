@@ -448,12 +448,12 @@ def test_what_is_not_known_is_shown_as_such(run_config: dict[str, Any], tmp_path
     report = result["setup"]["gate"]
     assert report["shuffled_error"] is report["aggregate_cosine"] is report["product_error"] is None
     words = "\n".join(round_lines.setup_lines(result["setup"]))
-    assert "3 held-out of 6 snapshots" in words
-    assert "the best guess without a message (zero) 1.000" in words
+    assert "3 held-out of 6 updates" in words
+    assert "the best guess without a message (zero) has 1.000" in words
     write_page(read_run(tmp_path / "run"), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "Innovation cosine" in page
-    assert "None" not in page.split("<details>")[0]
+    assert "Cosine to the true update" in page
+    assert "None" not in page.split("<summary>All settings")[0]
 
 
 def test_a_codec_that_sites_cannot_use_is_refused(

@@ -30,7 +30,7 @@ document.getElementById("page").onload = event => {
   const view = event.target.contentWindow, page = view.document
   document.querySelector("pre").textContent = JSON.stringify({
     wide: page.documentElement.scrollWidth,
-    text: page.querySelector("details")?.remove() || page.body.innerText,
+    text: page.body.innerText,
     requests: view.performance.getEntriesByType("resource").map(entry => entry.name),
     headings: [...page.querySelectorAll("h2")].map(entry => entry.textContent),
     charts: [...page.querySelectorAll("figure > svg")].map(svg => ({
