@@ -6,6 +6,9 @@ from hashlib import blake2b
 from fluvial.data.examples import Example
 from fluvial.data.faults import shown
 
+MOST = 5
+"""Sites that a remark names."""
+
 
 class Leaks:
     """Sequences of all sites by a digest of their tokens and labels; 16 bytes for each are kept."""
@@ -28,17 +31,19 @@ class Leaks:
         }
         return {name: count for name, count in counts.items() if count}
 
-    def remarks(self) -> list[str]:
-        """Return a remark on what leaks, or none."""
+    def remarks(self, table: str = "data") -> list[str]:
+        """Return a remark on what leaks, or none; `table` has the setting of the held-out records,
+        and in its name {} stands for a site."""
         leaked = self.by_site()
         if not leaked:
             return []
 
         total = sum(map(len, self._heldout.values()))
+        settings = dict.fromkeys(f"{table.format(name)}.heldout_source" for name in _worst(leaked))
         return [
             f"{sum(leaked.values())} of {total} held-out sequences are also trained on, token by "
             f"token: held-out measures are too good ({_listed(leaked)}); remove the duplicates, or "
-            "name other records in data.heldout_source"
+            f"name other records in {', '.join(settings)}"
         ]
 
 
@@ -52,8 +57,13 @@ def _numbers(tokens: Sequence[int]) -> str:
     return ",".join(map(str, tokens))
 
 
-def _listed(counts: Mapping[str, int], most: int = 5) -> str:
+def _worst(counts: Mapping[str, int]) -> list[str]:
+    """Return the sites of the largest counts, of at most `MOST`."""
+    return sorted(counts, key=lambda name: (-counts[name], name))[:MOST]
+
+
+def _listed(counts: Mapping[str, int]) -> str:
     """Return the worst sites with their counts."""
-    worst = sorted(counts, key=lambda name: (-counts[name], name))
-    words = [f"{shown(name)}: {counts[name]}" for name in worst[:most]]
-    return ", ".join(words) + (f" and {len(worst) - most} more sites" if len(worst) > most else "")
+    words = [f"{shown(name)}: {counts[name]}" for name in _worst(counts)]
+    more = f" and {len(counts) - MOST} more sites" if len(counts) > MOST else ""
+    return ", ".join(words) + more

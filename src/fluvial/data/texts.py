@@ -188,7 +188,7 @@ class SiteTexts:
             *self.notes,
             *self._remarks(surplus, records),
             *self._cut(left_out),
-            *leaks.remarks(),
+            *leaks.remarks("data.by_site.{}" if self.config.by_site else "data"),
         ]
 
     def idle(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.config import BUNDLED, STDLIB
+from fluvial.data.config import BUNDLED, STDLIB, DataConfig
 from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
@@ -51,7 +51,7 @@ def at_site(config: RunConfig, site: SiteFile) -> RunConfig:
     elif not _may_load(config.model.name_or_path, site):
         raise refusal("model.name_or_path", site)
 
-    table["data"] = _data(table.get("data", {}), site)
+    table["data"] = _data(config.data, site)
     return parse(table, f"site {site.name!r}")
 
 
@@ -64,26 +64,23 @@ def refusal(setting: str, site: SiteFile) -> RefusalError:
     )
 
 
-def _data(settings: dict[str, Any], site: SiteFile) -> dict[str, Any]:
+def _data(run: DataConfig, site: SiteFile) -> dict[str, Any]:
     """Return the run's [data] with the site's records."""
+    settings = run.model_dump(mode="json", exclude_unset=True)
     if site.data is not None:
         own = {name: value for name, value in settings.items() if name in INDEPENDENT}
         if site.data.heldout_source is not None:
             own.pop("heldout_share", None)
         return {**own, **site.data.model_dump(exclude_none=True)}
 
-    by_site = settings.get("by_site")
-    if by_site:
-        if site.name not in by_site:
+    if run.by_site:
+        if site.name not in run.by_site:
             raise RefusalError(
                 f"site {site.name!r}: the run's data.by_site has tables for "
-                f"{', '.join(sorted(by_site))} alone; add one for this site, or set [data] in its "
-                "own file"
+                f"{', '.join(sorted(run.by_site))} alone; add one for this site, or set [data] in "
+                "its own file"
             )
-        run = {name: value for name, value in settings.items() if name != "by_site"}
-        if by_site[site.name].get("heldout_source") is not None:
-            run.pop("heldout_share", None)
-        settings = {**run, **by_site[site.name]}
+        settings = run.of_site(site.name).model_dump(mode="json", exclude_unset=True)
 
     for name in SOURCES:
         named = settings.get(name)

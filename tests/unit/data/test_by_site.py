@@ -134,6 +134,17 @@ def test_a_site_of_a_deployment_reads_its_own_table(by_site: dict[str, Any]) -> 
         at_site(config, SiteFile(name="east", allow=Allowed(run_paths=("*",))))
 
 
+@pytest.mark.parametrize("name", ["north", "south", "west"])
+def test_a_table_holds_at_the_site_as_in_one_process(by_site: dict[str, Any], name: str) -> None:
+    """Also in a resolved configuration, whose tables have what is unset as None."""
+    by_site["west"] |= {"heldout_source": by_site["south"]["source"], "heldout": {"columns": {}}}
+    common = {"columns": {"prompt": "Q"}, "delimiter": "|"}
+    run = parse({"data": {"by_site": by_site, **common}}, "test")
+    resolved = parse({"data": run.data.model_dump(mode="json")}, "test")
+    site = SiteFile(name=name, allow=Allowed(run_paths=("*",)))
+    assert at_site(resolved, site).data == run.data.of_site(name)
+
+
 def test_a_remedy_names_the_table_of_the_site(by_site: dict[str, Any]) -> None:
     faults = Faults()
     reader = SiteRecords(DataConfig(by_site=by_site, columns={"text": "gone"}), 0, None)

@@ -168,6 +168,8 @@ def test_leaks_are_counted_over_all_sites() -> None:
         "too good ('b': 2, 'a': 1); remove the duplicates, or name other records in "
         "data.heldout_source"
     ]
+    own_tables = "data.by_site.b.heldout_source, data.by_site.a.heldout_source"
+    assert leaks.remarks("data.by_site.{}")[0].endswith(f"name other records in {own_tables}")
     assert Leaks().remarks() == []
 
 
