@@ -57,6 +57,16 @@ def test_differing_settings_have_the_value_of_each_contender(write: Write) -> No
     assert comparison.differing() == {"rounds": {"a": 2, "b": 5}}
 
 
+def test_a_site_whose_records_differ_is_one_setting(write: Write, tmp_path: Path) -> None:
+    own = {name: {"source": str(tmp_path / f"{name}.jsonl"), "form": "text"} for name in "ab"}
+    paths = [write(name, data={"by_site": {'"north.east"': own[name]}}) for name in "ab"]
+    with pytest.raises(ConfigError, match=r"differs from 'a' in data\.by_site\.north\.east\n"):
+        read_comparison(paths)
+    assert read_comparison(paths, allow_different=True).differing() == {
+        "data.by_site.north.east": own
+    }
+
+
 def test_a_grid_has_every_combination_that_is_not_excluded(write: Write) -> None:
     path = sweep(
         write,

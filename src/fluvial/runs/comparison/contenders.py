@@ -31,6 +31,7 @@ SAME = ("data.", "model.", "evaluate.")
 """Tables of settings that contenders must have in common."""
 BESIDE = ("evaluate.sample_prompt", "evaluate.sample_tokens", "evaluate.cross_site")
 """Settings among these that change no measure, and that some methods refuse."""
+BY_SITE = "data.by_site."
 SHOWN = 12
 """Settings that a refusal names, at most."""
 
@@ -61,13 +62,13 @@ class Comparison:
 
     def differing(self) -> dict[str, dict[str, Any]]:
         """Return the value of each contender, by name, for every setting that one of them sets and
-        in which they differ."""
+        in which they differ; a table of `data.by_site` is one setting."""
         resolved = {each.name: each.config.resolved() for each in self.contenders}
         written = [
             each.config.model_dump(mode="json", exclude_unset=True) for each in self.contenders
         ]
         first, *others = resolved.values()
-        keys = sorted({key for other in others for key in difference(first, other)})
+        keys = sorted({key for other in others for key in _differences(first, other)})
         return {
             key: {name: _value(table, key) for name, table in resolved.items()}
             for key in keys
@@ -235,7 +236,7 @@ def _refuse_other_data(comparison: Comparison) -> None:
     for other in others:
         keys = [
             key
-            for key in difference(first.config.resolved(), other.config.resolved())
+            for key in _differences(first.config.resolved(), other.config.resolved())
             if key.startswith(SAME) and key not in BESIDE
         ]
         if keys:
@@ -253,8 +254,26 @@ def _refuse_other_data(comparison: Comparison) -> None:
         raise ConfigError("\n".join([*lines, remedy]))
 
 
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """Return the dotted names of the settings in which two resolved configurations differ, each
+    table of `data.by_site` once."""
+    named = {f"{BY_SITE}{name}" for table in (ours, theirs) for name in table["data"]["by_site"]}
+    longest_first = sorted(named, key=len, reverse=True)  # names of sites may have dots
+    return sorted(
+        {
+            next((site for site in longest_first if key.startswith(f"{site}.")), key)
+            for key in difference(ours, theirs)
+        }
+    )
+
+
 def _value(table: dict[str, Any], key: str) -> Any:
-    """Return the value at a dotted key of nested tables; None where there is none."""
+    """Return the value at a dotted key of nested tables, what is unset in the table of a site left
+    out; None where there is none."""
+    if key.startswith(BY_SITE):
+        own = table.get("data", {}).get("by_site", {}).get(key.removeprefix(BY_SITE))
+        return own and {name: value for name, value in own.items() if value is not None}
+
     value: Any = table
     for name in key.split("."):
         value = value.get(name) if isinstance(value, dict) else None
