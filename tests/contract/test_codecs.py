@@ -313,7 +313,7 @@ def test_a_rate_that_leaves_no_room_is_refused_with_one_that_works(name: str) ->
     codec = make(name, update, rate=most)
     assert len(codec.encode(update)) <= 4096 / most
 
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match="no rate below 1, so choose .* 'int8' or 'identity'"):
         make(name, one(torch.ones(1)))
 
 

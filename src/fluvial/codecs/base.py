@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 import torch
+from annotated_types import Ge
 from pydantic import Field
 from torch import Tensor
 
@@ -87,27 +88,40 @@ class RateSettings(CodecSettings):
     rate: float = Field(64, ge=1, le=1e6)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
 
+    @classmethod
+    def lowest_rate(cls) -> float:
+        """Return the lowest rate that these settings allow."""
+        (bound,) = (each for each in cls.model_fields["rate"].metadata if isinstance(each, Ge))
+        return float(bound.ge)  # type: ignore[arg-type]
 
-def body_room(layout: Layout, rate: float, least: int) -> int:
+
+def body_room(layout: Layout, settings: RateSettings, least: int) -> int:
     """Return the bytes of body within 4 * numel / rate bytes of frame; raises `ConfigError` if that
     is under `least`."""
-    frame = int(layout.raw_bytes / rate)
+    frame = int(layout.raw_bytes / settings.rate)
     need = OVERHEAD + least
 
     if frame < need:
         most = math.floor(layout.raw_bytes / need * 1000) / 1000
+        lowest = settings.lowest_rate()
+        remedy = (
+            f"choose at most {most:g}"
+            if most >= lowest
+            else f"codec {settings.name!r} has no rate below {lowest:g}, so choose one without a "
+            "rate, such as 'int8' or 'identity'"
+        )
         raise ConfigError(
-            f"codec.rate={rate:g} leaves {frame} bytes for {layout.numel} values, but header, "
-            f"{len(layout.sizes)} scales and one value need {need}; choose at most {most:g}"
+            f"codec.rate={settings.rate:g} leaves {frame} bytes for {layout.numel} values, but "
+            f"header, {len(layout.sizes)} scales and one value need {need}; {remedy}"
         )
 
     return frame - OVERHEAD
 
 
-def frame_room(layout: Layout, rate: float, least: int) -> int:
+def frame_room(layout: Layout, settings: RateSettings, least: int) -> int:
     """Return the bytes of a frame within 4 * numel / rate bytes; raises `ConfigError` if its body
     has fewer than `least`."""
-    return OVERHEAD + body_room(layout, rate, least)
+    return OVERHEAD + body_room(layout, settings, least)
 
 
 def is_finite(vector: Tensor) -> bool:

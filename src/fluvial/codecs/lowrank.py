@@ -75,7 +75,7 @@ class PowerSgd(Codec):
         assert isinstance(settings, PowerSgdSettings)
         sizes = zip(layout.shapes, layout.sizes, strict=True)
         stacks = {_stack(name, shape) for (name, shape), size in sizes if size}
-        return frame_room(layout, settings.rate, least=2 * len(stacks) + Blocks.least)
+        return frame_room(layout, settings, least=2 * len(stacks) + Blocks.least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Code the flattened update (numel,); see `Codec.body`."""

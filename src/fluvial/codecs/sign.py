@@ -163,7 +163,7 @@ class Ternary(Masked):
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, TernarySettings)
-        return frame_room(layout, settings.rate, masked_least(layout, num_scales=len(layout.sizes)))
+        return frame_room(layout, settings, masked_least(layout, num_scales=len(layout.sizes)))
 
     def weights(self, values: Floats) -> NDArray[np.floating]:
         """Return the magnitudes over the RMS of their tensor."""

@@ -274,6 +274,11 @@ def test_tiny_layouts(d: int, kv: int, rank: int, rate: int) -> None:
     assert relative_error(seen[0], codec.decode(wire)) < 1
 
 
+def test_a_rate_below_the_lowest_is_no_remedy() -> None:
+    with pytest.raises(ConfigError, match=r"'klt_trellis' has no rate below 16, .* 'identity'"):
+        KltTrellis.frame_size(KltTrellisSettings(), attention_layout(2, 2, rank=1))
+
+
 def test_what_it_cannot_code_is_said(fitted: KltTrellis) -> None:
     for layout in (Layout((("lm_head.weight", (8, 8)),)), Layout(())):
         with pytest.raises(ConfigError, match="klt codes only|no tensors"):

@@ -195,5 +195,5 @@ class KltSum(TransformCodec):
 
 def _kept(settings: KltSumSettings, layout: Layout) -> int:
     """Return how many coefficients fit."""
-    room = body_room(layout, settings.rate, least=1 + math.ceil(settings.bits / 8))
+    room = body_room(layout, settings, least=1 + math.ceil(settings.bits / 8))
     return min(8 * (room - 1) // settings.bits, layout.numel)

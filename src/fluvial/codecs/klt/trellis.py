@@ -165,7 +165,7 @@ class KltTrellis(AdaptiveTransformCodec, RatedCodec):
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, KltTrellisSettings)
         groups = 1 + max(factor.group for factor in factors_of(layout))
-        return OVERHEAD + body_room(layout, settings.rate, least=_HEAD.size + groups + 1)
+        return OVERHEAD + body_room(layout, settings, least=_HEAD.size + groups + 1)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Code the flattened update (numel,); see `Codec.body`."""

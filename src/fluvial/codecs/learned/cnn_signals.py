@@ -85,7 +85,7 @@ def body_bytes(settings: CNNSettings, layout: Layout) -> int:
     )  # what zeros cost in the lowest class, with room to spare
     return body_room(
         layout,
-        settings.rate,
+        settings,
         least=scales + 2 + 2 * num_channels(layout, settings) + 8 + silent // 8,
     )
 

@@ -289,7 +289,7 @@ class VQ(LearnedCodec):
 
 
 def _room(settings: VQSettings, layout: Layout, groups: int) -> int:
-    return body_room(layout, settings.rate, least=2 * groups + 4)
+    return body_room(layout, settings, least=2 * groups + 4)
 
 
 def price_of(settings: VQSettings) -> float:

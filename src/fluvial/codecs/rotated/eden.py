@@ -89,7 +89,7 @@ class Eden(RatedCodec):
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, EdenSettings)
         bitmap = -(-len(layout.sizes) // 8) if len(layout.sizes) > 1 else 0
-        return frame_room(layout, settings.rate, least=9 + bitmap + Blocks.least_of_one)
+        return frame_room(layout, settings, least=9 + bitmap + Blocks.least_of_one)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""

@@ -58,7 +58,7 @@ class Hadamard(RatedCodec):
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, HadamardSettings)
-        return frame_room(layout, settings.rate, least=4 + Blocks.least + len(layout.sizes))
+        return frame_room(layout, settings, least=4 + Blocks.least + len(layout.sizes))
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""

@@ -86,7 +86,7 @@ class Trellis(RatedCodec):
     def frame_size(cls, settings: CodecSettings, layout: Layout) -> int:
         """Return the bytes of a frame, at most: 4 * values / rate."""
         assert isinstance(settings, TrellisSettings)
-        return frame_room(layout, settings.rate, least=_HEAD.size + len(_groups(layout)[0]) + 1)
+        return frame_room(layout, settings, least=_HEAD.size + len(_groups(layout)[0]) + 1)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""

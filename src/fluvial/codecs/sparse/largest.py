@@ -161,7 +161,7 @@ class Largest(Codec):
         bits = 1 if settings.value_bits == "best" else settings.value_bits
         least = masked_least(layout, num_scales=_num_scales(bits), mark=int(marked))
 
-        return frame_room(layout, settings.rate, least)
+        return frame_room(layout, settings, least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:
         """Code the flattened update (numel,); see `Codec.body`."""

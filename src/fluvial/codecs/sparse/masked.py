@@ -49,7 +49,7 @@ class Masked(Codec):
         self._sizes = np.array(layout.sizes, dtype=np.int64)
         self._ends = np.cumsum(self._sizes)
         self._room = (
-            body_room(layout, settings.rate, masked_least(layout, num_scales=num_scales, mark=mark))
+            body_room(layout, settings, masked_least(layout, num_scales=num_scales, mark=mark))
             - mark
         )
 

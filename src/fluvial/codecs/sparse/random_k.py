@@ -76,5 +76,5 @@ class RandomK(Codec):
 
 def _num_sent(settings: RandomKSettings, layout: Layout) -> int:
     """Return the values that are sent; raises `ConfigError` if not one fits."""
-    room = body_room(layout, settings.rate, least=SEED.size + 2)
+    room = body_room(layout, settings, least=SEED.size + 2)
     return min((room - SEED.size) // 2, layout.numel)
