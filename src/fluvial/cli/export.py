@@ -37,6 +37,13 @@ def export(
         bool,
         typer.Option("--site-names", help="Name the sites and their losses in the model card."),
     ] = False,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Site whose model is written, after a run that leaves each site its own (fedsa).",
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"],
         typer.Option(help="Type of a merged model; auto is that of the base."),
@@ -55,6 +62,7 @@ def export(
             base=base_name,
             name_sites=site_names,
             dtype=dtype,
+            site=site,
             overrides=overrides or [],
         )
 

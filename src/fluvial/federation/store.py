@@ -185,18 +185,21 @@ class StateStore:
         }
 
     def _folder(self, site: str) -> Path:
-        # A site's name comes from data or from a person; on disk it must not leave the folder nor
-        # collide.
-        plain = re.sub(r"[^A-Za-z0-9_.-]", "_", site).lstrip(".")[:_LONGEST] or "_"
-        return (self.folder or Path()) / (
-            plain if plain == site else f"{plain}-{derive(0, site):016x}"
-        )
+        return (self.folder or Path()) / folder_of(site)
 
     def _remove(self, path: Path) -> None:
         if self.folder is None:
             del self._memory[path]
         else:
             path.unlink(missing_ok=True)
+
+
+def folder_of(site: str) -> str:
+    """Return the name of a site's folder; no two sites have one."""
+    # A site's name comes from data or from a person; on disk it must not leave the folder nor
+    # collide.
+    plain = re.sub(r"[^A-Za-z0-9_.-]", "_", site).lstrip(".")[:_LONGEST] or "_"
+    return plain if plain == site else f"{plain}-{derive(0, site):016x}"
 
 
 _LONGEST = 100

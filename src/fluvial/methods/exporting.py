@@ -78,7 +78,8 @@ def export_weights(reporting: Reporting, state: Named) -> str:
     if (pool.full and norm(state) == 0) or not has_effect(pool, state, probe):
         logger.warning(UNCHANGED)
 
-    return _write("model" if pool.full else "adapter", reporting, partial(_save, reporting, state))
+    save = partial(save_weights, pool, state, template=reporting.data.chat_template)
+    return _write("model" if pool.full else "adapter", reporting, save)
 
 
 def export_adapter(reporting: Reporting, state: Named) -> str:
@@ -92,11 +93,9 @@ def export_adapter(reporting: Reporting, state: Named) -> str:
     return _write("adapter", reporting, partial(reporting.pool.save_adapter, state))
 
 
-def _save(reporting: Reporting, state: Named, folder: Path) -> None:
+def save_weights(pool: ModelPool, state: Named, folder: Path, *, template: str | None) -> None:
     """Write a model, with the tokenizer and the chat template where a folder holds them."""
-    pool = reporting.pool
     pool.save(state, folder)
-    template = reporting.data.chat_template
     if template is not None and pool.exports_tokenizer():
         with_template(pool.tokenizer, template).save_pretrained(str(folder))
 

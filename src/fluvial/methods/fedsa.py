@@ -123,6 +123,11 @@ def personal(site: Site, shared_a: Named) -> Named:
     return {**shared_a, **own}
 
 
+def site_model(own: Named, server: Payload) -> Named:
+    """Return the model of a site: the A of the server's state with the site's own B."""
+    return {**split(server, ("shared", "exchange"))["shared"].tensors, **own}
+
+
 def train(site: Site, received: Named, round: int, examples: Sequence[Example]) -> LocalUpdate:
     """Tune both factors, keep B, and return the change of A."""
     adapter = personal(site, received)
@@ -155,5 +160,6 @@ METHOD = Method(
     paper="Guo, Zeng, Wang, Fan, Wang, Qu, Selective Aggregation for Low-Rank Adaptation in "
     "Federated Learning (FedSA-LoRA), ICLR 2025, https://arxiv.org/abs/2410.01463",
     plan=plan,
+    site_model=site_model,
     traits=Traits("FedSA-LoRA", receives="downlink", exports=False),
 )

@@ -28,7 +28,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.settings import Settings
 from fluvial.training.config import TrainConfig
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Layout, factor
+from fluvial.wire.tensors import Layout, Named, factor
 
 Tune = Literal["lora", "full"]
 """A LoRA adapter, or all weights."""
@@ -281,6 +281,9 @@ class Method:
     settled: Callable[[Any, Given], MethodSettings] = lambda config, _: config
     """Return settings in which everything is chosen that the configuration leaves open; raises
     `ConfigError` where nothing fits."""
+    site_model: Callable[[Named, Payload], Named] | None = None
+    """Return the model of a site from what it keeps in its slot "adapter" and from the state of the
+    server half; None where all sites have one model."""
     held: Callable[[Any, ModelPool, str, float | None], Assignment | None] = lambda *_: None
     """Return the assignment with which a site of this name and memory (10^6 bytes) holds the base
     when it joins a run; None for the run's own."""

@@ -129,6 +129,7 @@ METHOD = Method(
     {"train": train},
     paper="The local baseline: every site alone",
     plan=plan,
+    site_model=lambda own, _: own,
     traits=Traits(
         "local only", tunes=("lora", "full"), sends="nothing", exports=False, baseline=True
     ),

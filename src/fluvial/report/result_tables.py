@@ -24,7 +24,7 @@ from fluvial.formatting import (
 from fluvial.report.line_rates import PLAIN, Rates
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
-from fluvial.storage.run_files import PAGE, JsonObject
+from fluvial.storage.run_files import PAGE, SITES, JsonObject
 
 
 def run_name(result: JsonObject) -> str:
@@ -230,11 +230,12 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
             ),
         ]
     else:
-        lines.append(
-            Text(
-                f"There is no global model: each site keeps its own weights below {path / 'sites'}"
-            )
-        )
+        own = path / SITES
+        words = f"There is no global model: each site keeps its own weights below {own}"
+        if any(own.glob("*/adapter-*")):
+            export = f"{command} export {shlex.quote(str(path))} --site NAME"
+            words += f"; `{export}` writes those of one for `evaluate` and `chat`"
+        lines.append(Text(safe_text(words)))
 
     if result.get("public"):
         before, after = (result["public"][key]["loss"] for key in ("base", "final"))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from fluvial import __version__
 from fluvial.data import with_template
 from fluvial.errors import CheckpointError, ConfigError
+from fluvial.federation.store import folder_of
 from fluvial.methods import METHODS
 from fluvial.models.export import with_equal_ranks
 from fluvial.models.fingerprints import fingerprints
@@ -26,9 +27,10 @@ from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.runs.model_card import Described, Form, base_name, model_card
+from fluvial.runs.site_weights import kept_by, site_weights
 from fluvial.storage import exported
 from fluvial.storage.files import writing
-from fluvial.storage.run_files import COMPARE, CONFIG, JsonObject, anew, read_run
+from fluvial.storage.run_files import COMPARE, CONFIG, EXPORTS, JsonObject, anew, read_run
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
 from fluvial.training.opened import check_base
 
@@ -72,11 +74,13 @@ def export_run(
     base: str | None = None,
     name_sites: bool = False,
     dtype: DType = "auto",
+    site: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Exported:
     """Write the result of the run in `folder` to the new folder `to`, by default
-    `folder`/export-FORM.
+    `folder`/export-FORM, or `folder`/export-FORM-SITE.
 
+    `site` names the site whose model is written, for a method that leaves each site its own.
     `form` is "peft" or "merged"; by default the adapter, or the model where all weights were tuned.
     `base` is the name of the base model for others, needed for a base without an id of the hub.
     `overrides` are settings of [model], such as the folder that a base was moved to.
@@ -88,51 +92,55 @@ def export_run(
 
     folder = _run_of(folder)
     run = read_run(folder)
-    weights = _weights(folder, run)
-    config = run["config"]
-    full = weights.name == "model"
-    form = _form(form, full=full)
-    if dtype != "auto" and form != "merged":
-        raise ConfigError(f"--dtype {dtype}: without effect, because nothing is merged; remove it")
+    with _weights(folder, run, site, overrides) as weights:
+        config = run["config"]
+        full = weights.name == "model"
+        form = _form(form, full=full)
+        if dtype != "auto" and form != "merged":
+            raise ConfigError(
+                f"--dtype {dtype}: without effect, because nothing is merged; remove it"
+            )
 
-    name = _base(base, str(config["model"]["name_or_path"]), needed=form == "peft")
-    RunFolder(folder).verify_finished()
-    target = to or folder / f"export-{form}"
+        name = _base(base, str(config["model"]["name_or_path"]), needed=form == "peft")
+        RunFolder(folder).verify_finished()
+        target = to or folder / "-".join(["export", form, *([folder_of(site)] if site else [])])
 
-    with _draft(target) as draft:
-        adapter = read_adapter_folder(weights) if not full else None
-        settings = evaluation_settings(
-            {"model": config["model"], "data": {}} if adapter is None else adapter.settings(),
-            None,
-            overrides,
-        )
-        if adapter is not None:
-            check_base(adapter, settings.model)
-        pool = ModelPool(settings.model, adapter.lora if adapter else None)
-        check, rank = None, None
-        if form == "merged":
-            check = _write_merged(draft, pool, adapter, config, dtype)
-        elif adapter is not None:
-            rank = _write_adapter(draft, weights, name)
-        else:
-            _copy(weights, draft, all_but=("README.md", exported.FILE))
+        with _draft(target) as draft:
+            adapter = read_adapter_folder(weights) if not full else None
+            settings = evaluation_settings(
+                {"model": config["model"], "data": {}} if adapter is None else adapter.settings(),
+                None,
+                overrides,
+            )
+            if adapter is not None:
+                check_base(adapter, settings.model)
+            pool = ModelPool(settings.model, adapter.lora if adapter else None)
+            check, rank = None, None
+            if form == "merged":
+                check = _write_merged(draft, pool, adapter, config, dtype)
+            elif adapter is not None:
+                rank = _write_adapter(draft, weights, name)
+            else:
+                _copy(weights, draft, all_but=("README.md", exported.FILE))
 
-        exported_as = _named(config, name)
-        if exported_as is not None:
-            exported.write(draft, __version__, exported_as)
+            exported_as = _named(config, name)
+            if exported_as is not None:
+                exported.write(draft, __version__, exported_as)
 
-        prints = fingerprints(pool)
-        facts = {
-            "digest of the base": prints["base"],
-            "digest of the tokenizer": prints["tokenizer"],
-            **({} if check is None else {"merged logits": _words(check)}),
-        }
-        paper = METHODS[config["method"]["name"]].paper if _known(config) else ""
-        card = model_card(
-            Described(config, run["result"], paper, _CARD_OF[form], name, name_sites, facts)
-        )
-        (draft / "README.md").write_text(card, encoding="utf-8")
-        _refuse_paths(draft, config, folder)
+            prints = fingerprints(pool)
+            facts = {
+                "digest of the base": prints["base"],
+                "digest of the tokenizer": prints["tokenizer"],
+                **({} if check is None else {"merged logits": _words(check)}),
+            }
+            paper = METHODS[config["method"]["name"]].paper if _known(config) else ""
+            card = model_card(
+                Described(
+                    config, run["result"], paper, _CARD_OF[form], name, name_sites, facts, site
+                )
+            )
+            (draft / "README.md").write_text(card, encoding="utf-8")
+            _refuse_paths(draft, config, folder)
 
     return Exported(target, form, name, rank, check)
 
@@ -143,8 +151,11 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if inside else folder
 
 
-def _weights(folder: Path, run: JsonObject) -> Path:
-    """Return the folder of the final weights of a finished run."""
+@contextmanager
+def _weights(
+    folder: Path, run: JsonObject, site: str | None, overrides: Sequence[str]
+) -> Iterator[Path]:
+    """Yield the folder of the final weights of a finished run, or of those of a site."""
     if run["result"] is None:
         raise CheckpointError(
             f"{folder}: the run has not finished; continue it with `fluvial run ... --resume`"
@@ -154,14 +165,20 @@ def _weights(folder: Path, run: JsonObject) -> Path:
             raise ConfigError(f"{folder} is a baseline of a run; export the run itself")
         raise CheckpointError(f"{folder / CONFIG} is missing; {anew()}")
 
-    for name in ("adapter", "model"):
-        if (folder / name).is_dir():
-            return folder / name
+    if site is not None:
+        with site_weights(folder, run, site, overrides) as weights:
+            yield weights
+        return
 
-    raise ConfigError(
-        f"{folder} has neither an adapter nor a model: method {run['result']['method']!r} leaves "
-        "every site its own, and nothing is common to all"
-    )
+    made = [folder / name for name in EXPORTS if (folder / name).is_dir()]
+    if not made:
+        sites = kept_by(folder, run)
+        remedy = f"; name one with --site: {', '.join(sites)}" if sites else ""
+        raise ConfigError(
+            f"{folder} has neither an adapter nor a model: method {run['result']['method']!r} "
+            f"leaves every site its own, and nothing is common to all{remedy}"
+        )
+    yield made[0]
 
 
 def _form(form: str | None, *, full: bool) -> str:

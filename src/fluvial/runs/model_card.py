@@ -50,6 +50,8 @@ class Described:
     """True to list the sites and their measures."""
     facts: Mapping[str, str] = field(default_factory=dict)
     """Further rows of the first table, such as digests, by their name."""
+    site: str | None = None
+    """Site whose own model this is; None for the model of all."""
 
 
 def base_name(name_or_path: str) -> str | None:
@@ -72,6 +74,8 @@ def model_card(run: Described) -> str:
     from huggingface_hub import ModelCard
 
     result = run.result
+    if run.site is not None:
+        result = {"heldout": result["heldout_by_site"][run.site], "heldout_pooled": None}
     measured = [_measures(result, means) for means in ("heldout", "heldout_pooled")]
     card = ModelCard(f"---\n{_metadata(run).to_yaml()}\n---\n\n{_text(run, measured)}")
     return str(card)
@@ -81,12 +85,17 @@ def _metadata(run: Described) -> Any:
     """Return the metadata of the card, a `ModelCardData` of huggingface_hub."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    final = (run.result.get("heldout") or {}).get("final") or {}
+    heldout = run.result.get("heldout") or {}
+    if run.site is not None:
+        heldout = run.result["heldout_by_site"][run.site]
+    final = heldout.get("final") or {}
     results = [
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
-            dataset_name="held-out text of the sites, mean over the sites",
+            dataset_name="held-out text of the site"
+            if run.site
+            else "held-out text of the sites, mean over the sites",
             metric_type=key,
             metric_name=SCORES[key],
             metric_value=round(value, 6),
@@ -125,6 +134,7 @@ def _text(run: Described, measured: list[list[list[str]]]) -> str:
         f"# {title} made by Fluvial {run.result.get('fluvial', __version__)}",
         f"Method {method}, {run.result['rounds']} rounds over {run.result['sites']} sites. The "
         "records of the sites are not in this folder."
+        + ("" if run.site is None else " This is the model of one site, which differs from theirs.")
         + (f" Tuned weights: {parts}." if parts else ""),
         _table(["", ""], _facts(run)),
         f"Differential privacy: {privacy}." + _noise(run.result),
@@ -193,7 +203,9 @@ def _evaluation(run: Described, measured: list[list[list[str]]]) -> list[str]:
     public = run.result.get("public")
     paragraphs = []
 
-    if means:
+    if run.site is not None and means:
+        paragraphs += ["Held-out text of the site:", _table(headings, means)]
+    elif means:
         paragraphs += [
             "Held-out text of the sites, means over the sites:",
             _table(headings, means),

@@ -140,7 +140,10 @@ def _hint(folder: Path) -> str:
         return "a run writes RUN/adapter or RUN/model"
     if not (folder / RESULT).exists():
         return f"the run in it has not finished; continue it with {caller.resume()}"
-    return "the method of the run in it leaves each site its own weights, and none for all"
+    return (
+        "the method of the run in it leaves each site its own weights, and none for all; write "
+        f"those of one with `fluvial export {folder} --site NAME`, and name the folder it makes"
+    )
 
 
 def read_adapter_folder(folder: Path) -> AdapterFolder:

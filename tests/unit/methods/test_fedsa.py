@@ -12,10 +12,12 @@ from fluvial.federation.store import StateStore
 from fluvial.models.pool import ModelPool
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
+from fluvial.runs.export import export_run
 from fluvial.runs.plan import plan
 from fluvial.runs.run import Run
 from fluvial.storage.run_files import SITES
 from fluvial.training.evaluate import heldout
+from fluvial.training.folders import kind_of, read_adapter_folder
 from fluvial.wire.tensors import Named, only
 from tests.support.runs import adapter_of, run_table, run_with_stops
 
@@ -35,7 +37,7 @@ def ran(table: dict[str, Any], folder: Path) -> tuple[dict[str, Any], Named]:
     with RunFolder(folder) as place:
         run = Run(config, place, pool, SiteTexts(config.data, pool.tokenizer, seed=config.seed))
         *_, last = run.events()
-        return last.values, run.server.shared  # type: ignore[attr-defined]
+        return last.values, getattr(run.server, "shared", {})
 
 
 def test_after_one_round_a_is_that_of_fedavg_and_each_b_that_of_its_site(
@@ -54,6 +56,34 @@ def test_after_one_round_a_is_that_of_fedavg_and_each_b_that_of_its_site(
         alone = only(own(tmp_path / "local", site), "B")
         assert kept.keys() == alone.keys()
         assert all(torch.equal(kept[name], alone[name]) for name in alone)
+
+
+@pytest.mark.parametrize("method", [FEDSA, LOCAL])
+def test_the_model_of_a_site_is_exported_by_its_name(
+    run_config: dict[str, Any], tmp_path: Path, method: dict[str, Any]
+) -> None:
+    """The A of the server with the B that the site kept, where tools read a shared model."""
+    table = run_config | {"rounds": 1} | method
+    result = run_table(table, tmp_path / "run")
+    _, shared = ran(table, tmp_path / "again")
+    with pytest.raises(ConfigError, match="fluvial export .*run --site NAME"):
+        kind_of(str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="name one with --site: north, south, west"):
+        export_run(tmp_path / "run")
+    with pytest.raises(ConfigError, match="weights of this site; those of north, south, west are"):
+        export_run(tmp_path / "run", site="east", base="org/base")
+
+    made = export_run(tmp_path / "run", site="south", base="org/base", form="peft")
+    assert made.folder.name == "export-peft-south"
+    written = read_adapter_folder(made.folder).tensors
+    expected = shared | own(tmp_path / "run", "south")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    loss = result["heldout_by_site"]["south"]["final"]["loss"]
+    card = (made.folder / "README.md").read_text()
+    assert f"{loss:.4f}" in card
+    assert "the model of one site" in card
+    assert "south" not in card
 
 
 def test_one_site_is_local_training(run_config: dict[str, Any], tmp_path: Path) -> None:
