@@ -387,7 +387,7 @@ def test_the_rate_and_its_comment_agree_with_check(mbps: str, rate: float) -> No
     sizes = plan(config)["bytes"]
     assert sizes["raw"] / sizes["frame"] == pytest.approx(rate, rel=0.01)
     upload_s = 8 * sizes["frame"] / (1e6 * float(mbps))
-    comment = f"times smaller than fp32: {upload_s:.2g} s at {float(mbps):g} Mbit/s"
+    comment = f"bits a value: {upload_s:.2g} s at {float(mbps):g} Mbit/s"
     assert comment in Path("q.toml").read_text()
 
 

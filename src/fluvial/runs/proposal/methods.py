@@ -50,14 +50,16 @@ def method_sections(
 def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: bool) -> list[Section]:
     least = round(32 / MOST_BITS, 1)
     rate = max(rate, least)
-    target = (
-        "times smaller than fp32: assumed, since no uplink is known; `fluvial init --uplink 2` "
-        "sets it for 2 Mbit/s, a smaller number loses less"
-    )
-    if uplink_mbps is not None:
+    target = f"an update has 1/{rate:g} of the bytes of fp32, {32 / rate:.2g} bits a value"
+    if uplink_mbps is None:
+        target += (
+            ": assumed, since no uplink is known; `fluvial init --uplink 2` sets it for 2 Mbit/s, "
+            "a smaller number loses less"
+        )
+    else:
         upload_s = 8 * update_bytes / rate / (1e6 * uplink_mbps)
-        target = f"times smaller than fp32: {upload_s:.2g} s at {uplink_mbps:g} Mbit/s"
-        target += f", and trellis takes {MOST_BITS} bits a value at most" if rate == least else ""
+        target += f": {upload_s:.2g} s at {uplink_mbps:g} Mbit/s"
+        target += "; trellis never uses more bits" if rate == least else ""
     method = Setting("name", "cgfedllm", "FedAvg over LoRA with coded updates")
     down = Section(
         "[downlink]",
@@ -120,7 +122,7 @@ def _private(slow: bool, rate: float, clip_norm: float) -> list[Section]:
         "[codec]",
         [
             Setting("name", "eden", "no bias, and no memory of what was lost, which noise forbids"),
-            Setting("rate", rate, "times smaller than fp32"),
+            Setting("rate", rate, f"an update has 1/{rate:g} of the bytes of fp32"),
         ],
     )
     exact = Section("[codec]", [Setting("name", "identity", "nothing is lost beside the noise")])
