@@ -8,11 +8,12 @@ drawn in every round; matplotlib needs about a second for a page.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import wrap
 from typing import Literal
 
 from markupsafe import Markup, escape
 
-from fluvial.report.labels import COLUMN, ROW, length, short, wrapped
+from fluvial.report.labels import COLUMN, ROW, distinct, length, wrapped
 
 WIDTH = 340.0
 """Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
@@ -83,18 +84,32 @@ class Drawing:
     tips: list[str] = field(default_factory=list)
 
     def text(
-        self, x: float, y: float, words: str, *, anchor: str = "start", kind: str = ""
+        self,
+        x: float,
+        y: float,
+        words: str,
+        *,
+        anchor: str = "start",
+        kind: str = "",
+        turn: int = 0,
+        whole: str = "",
     ) -> None:
-        """Add a text at a place, which is its beginning or what `anchor` says."""
+        """Add a text at a place, which is its beginning or what `anchor` says, turned by `turn`
+        degrees; a hover shows `whole` where the text is only a part of it."""
         shown = f' class="{kind}"' if kind else ""
+        shown += f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
+        title = f"<title>{escape(whole)}</title>" if whole not in ("", words) else ""
         self.marks.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{shown}>{escape(words)}</text>'
+            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{shown}>{title}{escape(words)}'
+            "</text>"
         )
 
-    def lines(self, x: float, y: float, lines: Sequence[str]) -> None:
-        """Add lines of a label that end at `x`, around the height `y`."""
+    def lines(self, x: float, y: float, lines: Sequence[str], whole: str) -> None:
+        """Add lines of the label `whole` that end at `x`, around the height `y`."""
+        cut = "".join(lines).replace(" ", "") != whole.replace(" ", "")
         for number, words in enumerate(lines):
-            self.text(x, y + 12 * (number - (len(lines) - 1) / 2), words, anchor="end")
+            above = 12 * (number - (len(lines) - 1) / 2)
+            self.text(x, y + above, words, anchor="end", whole=whole if cut else "")
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str) -> None:
         """Add a straight line of a class of the style sheet."""
@@ -109,7 +124,8 @@ class Drawing:
 
     def tip(self, shape: str, x: float, y: float, words: str, width: float) -> None:
         """Add an area that shows `words` on hover, within the chart's `width`."""
-        lines = words.split("\n")
+        most = int((width - 4) / CHARACTER)
+        lines = [part for line in words.split("\n") for part in wrap(line, most)]
         half = max(map(len, lines)) * CHARACTER / 2
         x = min(max(x, half + 2), width - half - 2)
         top = y - 8 - 13 * (len(lines) - 1)
@@ -240,7 +256,7 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
 
     low, high = min(0.0, *known), max(0.0, *known)
     high = high if high > low else low + 1.0
-    names = [wrapped(label) for label in labels]
+    names = wrapped(labels)
     left = 10 + max(length(line) for lines in names for line in lines)
     room = 8 + max((length(words) for bars in series for words in bars.words), default=0)
     before = room if low < 0 else 0.0
@@ -255,7 +271,7 @@ def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Ma
     height = 6 + step * len(labels)
     for row, label in enumerate(labels):
         top = 6 + row * step
-        drawing.lines(left - 7, top + step / 2, names[row])
+        drawing.lines(left - 7, top + step / 2, names[row], label)
         for number, bars in enumerate(series):
             value = bars.values[row]
             y = top + number * thick
@@ -284,10 +300,12 @@ def grid_chart(
     A column has at least the width `cell`, or what its longest text needs.
     """
     texts = [each.text for cells in rows.values() for each in cells]
-    left = 10 + max(length(short(label, ROW)) for label in rows)
+    names = dict(zip(rows, distinct(list(rows), ROW), strict=True))
+    headings = distinct(columns, COLUMN)
+    left = 10 + max(map(length, names.values()))
     need = max(cell, 8 + CHARACTER * max(map(len, texts), default=0))
     wide = max(need, min(64.0, (WIDTH - left - 6) / max(1, len(columns))))
-    longest = max((length(short(label, COLUMN)) for label in columns), default=0.0)
+    longest = max(map(length, headings), default=0.0)
     slanted = longest > wide - 4
     top = 14 + (0.72 * longest if slanted else 4.0)
     tall = 24.0 if any(texts) else 16.0
@@ -296,17 +314,18 @@ def grid_chart(
 
     drawing = Drawing()
     for number, label in enumerate(columns):
-        x, y = left + wide * (number + 0.5), top - 5
-        turn = f' transform="rotate(-45 {x:.1f} {y:.1f})"' if slanted else ""
-        anchor = "start" if slanted else "middle"
-        drawing.marks.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{turn}>'
-            f"{escape(short(label, COLUMN))}</text>"
+        drawing.text(
+            left + wide * (number + 0.5),
+            top - 5,
+            headings[number],
+            anchor="start" if slanted else "middle",
+            turn=-45 if slanted else 0,
+            whole=label,
         )
 
     for row, (label, cells) in enumerate(rows.items()):
         y = top + row * tall
-        drawing.text(left - 7, y + tall / 2 + 4, short(label, ROW), anchor="end")
+        drawing.text(left - 7, y + tall / 2 + 4, names[label], anchor="end", whole=label)
         for number, each in enumerate(cells):
             x = left + number * wide
             box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{tall - 2:.1f}"'

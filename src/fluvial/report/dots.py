@@ -36,7 +36,7 @@ def dot_chart(labels: Sequence[str], series: Sequence[Bars], *, across: str) -> 
     log = low > 0 and high >= WIDE * low
     margin = 1.08 if log else (high - low) * 0.05 or abs(high) * 0.01 or 1.0
     first, last = (low / margin, high * margin) if log else (low - margin, high + margin)
-    names = [wrapped(label) for label in labels]
+    names = wrapped(labels)
     left = 16 + max(length(line) for lines in names for line in lines)
     inner = WIDTH - left - 14
     step = LANE * max(len(series), 2) + 8
@@ -62,7 +62,7 @@ def dot_chart(labels: Sequence[str], series: Sequence[Bars], *, across: str) -> 
 
     for row, label in enumerate(labels):
         top = 6 + row * step
-        drawing.lines(left - 10, top + step / 2, names[row])
+        drawing.lines(left - 10, top + step / 2, names[row], label)
         if row:
             drawing.line(4, top, WIDTH - 4, top, "grid")
         for number, bars in enumerate(series):

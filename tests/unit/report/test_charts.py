@@ -5,9 +5,9 @@ from importlib.resources import files
 
 import pytest
 
-from fluvial.report.charts import Bars, Cell, bar_chart, grid_chart
+from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, grid_chart
 from fluvial.report.dots import dot_chart
-from fluvial.report.labels import FONT
+from fluvial.report.labels import FONT, LINE, distinct, wrapped
 
 ADVANCES = {"a": 0.613, "g": 0.635, "m": 0.974, "W": 0.989, "i": 0.278, "1": 0.636, "_": 0.5}
 """Widths of DejaVu Sans, in sizes of the font."""
@@ -39,7 +39,40 @@ def test_a_long_label_is_whole_on_two_lines_or_on_hover() -> None:
     chart = bar_chart([longer], bars, name="Gain")
     assert f">{longer}</tspan>" in chart
     assert "hospital-of-lisbo" in chart
+    assert f"<title>{longer}</title>" in chart
     assert "…</text>" in chart
+
+
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["ward-1-of-the-hospital", "ward-2-of-the-hospital"], ["ward-1-of…", "ward-2-of…"]),
+        (["hospital-ward-1", "hospital-ward-2", "x"], ["hospi…rd-1", "hospi…rd-2", "x"]),
+        (
+            ["hospital-of-1-of-the-north", "hospital-of-2-of-the-north"],
+            ["hospital… 1", "hospital… 2"],
+        ),
+    ],
+)
+def test_cut_names_of_different_sites_differ(names: list[str], shown: list[str]) -> None:
+    assert distinct(names, max(map(len, shown))) == shown
+
+
+def test_cut_names_of_a_chart_differ() -> None:
+    names = [f"university-hospital-of-northern-lisbon-ward-{number}" for number in range(12)]
+    assert len({tuple(lines) for lines in wrapped(names)}) == 12
+    assert all(len(line) <= LINE for lines in wrapped(names) for line in lines)
+    cells = [Cell(0.5, "1", "one")]
+    grid = grid_chart(dict.fromkeys(names, cells), names[:1], name="Grid")
+    assert len(set(re.findall(r'text-anchor="end"><title>[^<]*</title>([^<]*)<', grid))) == 12
+
+
+def test_a_hover_is_whole_where_a_name_is_wider_than_the_chart() -> None:
+    bars = [Bars("run", "own", [0.5], ["0.5"])]
+    chart = bar_chart(["site " * 30], bars, name="Gain")
+    lines = re.findall("<tspan[^>]*>([^<]*)</tspan>", chart)
+    assert " ".join(lines) == "site " * 30 + "run: 0.5"
+    assert max(map(len, lines)) * CHARACTER <= WIDTH
 
 
 def test_points_tell_small_values_apart_beside_large_ones() -> None:
