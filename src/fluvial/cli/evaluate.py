@@ -30,6 +30,14 @@ def evaluate(
     data: Annotated[
         Path | None, typer.Option(help="Records for loss, perplexity, accuracy, exact match.")
     ] = None,
+    site: Annotated[
+        str | None,
+        typer.Option(
+            help="Site whose table data.by_site.NAME of the run says how --data is read; unset, "
+            "the one that names this file.",
+            show_default=False,
+        ),
+    ] = None,
     generate: Annotated[
         bool | None,
         typer.Option(
@@ -122,8 +130,8 @@ def evaluate(
     """Measure an adapter or a tuned model beside its base, or a model alone.
 
     Measured are records, multiple-choice questions, SuperGLUE, tasks of lm-eval, or several of
-    them. Records are read as the run read its own: form, columns, template, max_length. --set
-    'data.form="text"' overrides.
+    them. Records are read as the run read its own: form, columns, encoding, template, max_length.
+    --set 'data.form="text"' overrides.
     """
     only_with_choices = {
         "--shots": shots,
@@ -157,14 +165,22 @@ def evaluate(
         "--metrics": metrics != DEFAULT_METRICS,
         "--site-field": site_field is not None,
     }
+    if data is None:
+        _refuse({"--site": site}, "no records are named; add --data")
     if data is None or generate is False:
         why = "--no-generate is given; remove it" if data else "no records are named; add --data"
         _refuse(only_with_answers, why)
 
     with spinner("reading the weights"):
-        from fluvial.runs.evaluation import evaluation_settings, how_records_are_read, run_settings
+        from fluvial.runs.evaluation import (
+            evaluation_settings,
+            how_records_are_read,
+            own_reading,
+            run_settings,
+            with_remedies,
+        )
         from fluvial.training.assess import ChoiceConfig, evaluate_adapter, evaluate_model
-        from fluvial.training.folders import kind_of, read_adapter_folder, weights_in
+        from fluvial.training.folders import kind_of, measured_as, read_adapter_folder, weights_in
         from fluvial.training.generated import AnswerConfig
         from fluvial.training.harness import HarnessConfig
 
@@ -190,12 +206,13 @@ def evaluate(
         target = weights_in(target)
         kind = kind_of(target)
         if kind == "adapter" or (kind == "tuned" and base):
-            weights = read_adapter_folder(Path(target).expanduser())
-            recorded = weights.settings(data)
-            run = weights.run
+            folder = Path(target).expanduser()
+            weights = read_adapter_folder(folder)
+            run = own_reading(folder, weights.run, data, site)
+            recorded = measured_as(run, weights.base, data)
         else:
             weights = None
-            recorded, run = run_settings(target, data)
+            recorded, run = run_settings(target, data, site)
 
         settings = evaluation_settings(recorded, data, overrides or [])
         answers = None
@@ -212,15 +229,16 @@ def evaluate(
         measure = evaluate_model
         if weights is not None:
             measure = partial(evaluate_adapter, weights, base=base)
-        measured = measure(
-            settings.model,
-            data=settings.data if data else None,
-            choices=questions,
-            superglue=superglue,
-            tasks=harness,
-            answers=answers,
-            seed=settings.seed,
-        )
+        with with_remedies(run):
+            measured = measure(
+                settings.model,
+                data=settings.data if data else None,
+                choices=questions,
+                superglue=superglue,
+                tasks=harness,
+                answers=answers,
+                seed=settings.seed,
+            )
 
         if data is not None:
             measured["records"] = how_records_are_read(

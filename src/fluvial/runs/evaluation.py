@@ -1,14 +1,18 @@
 """Settings of `fluvial evaluate`: what a folder tells about its run, and what --set adds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluvial.data import DataConfig
+from fluvial.data import DataConfig, DataError
+from fluvial.data.config import READING
+from fluvial.data.files import UTF8
 from fluvial.data.forms import CONVERSATIONS
+from fluvial.data.sources import DELIMITED
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
-from fluvial.storage import exported
+from fluvial.storage import exported, toml
 from fluvial.training.assess import whole_file
 from fluvial.training.folders import measured_as
 
@@ -16,10 +20,89 @@ RECORDS = frozenset(DataConfig.model_fields) - exported.PLACES | {"max_heldout"}
 """Settings of [data] that change how records of a file are read or scored."""
 
 
-def run_settings(name: str, records: Path | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the tables that measure a model by itself, and what its folder tells about its run."""
-    run = exported.read(Path(name).expanduser()) if Path(name).expanduser().is_dir() else {}
+SITES = "sites"
+"""Key of the sites whose records are read in their own way, in what a folder tells about a run."""
+AS_SITE = "as_site"
+"""Key of the site, or of the sites, as whose records those to measure are read, in the same."""
+
+
+def run_settings(
+    name: str, records: Path | None, site: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the tables that measure a model by itself, and what its folder tells about its run,
+    see `own_reading`."""
+    folder = Path(name).expanduser()
+    run = own_reading(folder, exported.read(folder) if folder.is_dir() else {}, records, site)
     return measured_as(run, name, records), run
+
+
+def own_reading(
+    folder: Path, run: dict[str, Any], records: Path | None, site: str | None
+) -> dict[str, Any]:
+    """Return what a folder tells about its `run`, with [data] as the run reads the file `records`.
+
+    That is the table of `site`, or of the site whose own file this is. Held-out and public records
+    of the run have their own settings. Raises `ConfigError` for a site without a table.
+    """
+    config = exported.config_around(folder) if folder.is_dir() else None
+    if config is None:
+        if site is not None:
+            raise ConfigError(
+                f"--site {site}: no run lies around {folder}, which would tell how it reads the "
+                "records of this site; give the folder of the run, or set what differs with --set"
+            )
+        return run
+
+    data = toml.read(DataConfig, config["data"], str(folder))
+    tables = {name: data.of_site(name) for name in sorted(data.by_site)}
+    if site is not None and site not in tables:
+        why = f"its tables are {', '.join(tables)}" if tables else "it has no table for each site"
+        raise ConfigError(f"--site {site}: data.by_site of the run has no such table; {why}")
+
+    chosen = [site] if site else [name for name in tables if _reads(tables[name], records)]
+    own = [_reading(table, records) for table in map(tables.__getitem__, chosen)]
+    if not tables:
+        own = [_reading(data, records)]
+    if not own or any(other != own[0] for other in own[1:]):
+        return {**run, SITES: list(tables)}
+    return {**run, **own[0], **({AS_SITE: ", ".join(chosen)} if chosen else {})}
+
+
+def _reads(data: DataConfig, records: Path | None) -> bool:
+    """Return whether a file is one of those that the table of a site names."""
+    return any(_same(records, name) for name in (data.source, data.heldout_source))
+
+
+def _reading(data: DataConfig, records: Path | None) -> dict[str, Any]:
+    """Return what a folder tells about [data], with the settings of the source that the file
+    `records` is."""
+    table = data.model_dump(mode="json")
+    for name, own in ((data.heldout_source, data.heldout), (data.public_source, data.public)):
+        if _same(records, name):
+            table |= data.reading(own).model_dump(include=set(READING)) | {"source": name}
+    if records is not None and records.suffix.lower() not in DELIMITED:
+        table["delimiter"] = None
+
+    told = exported.settings_of({"data": table})
+    return {"data": told["data"], "suffix": told["suffix"]}
+
+
+def _same(records: Path | None, name: str | None) -> bool:
+    """Return whether two names are of one file."""
+    if records is None or name is None:
+        return False
+    return records.expanduser().resolve() == Path(name).expanduser().resolve()
+
+
+@contextmanager
+def with_remedies(run: dict[str, Any]) -> Iterator[None]:
+    """Add to an error about records the options by which a command reads them in another way."""
+    try:
+        yield
+    except DataError as error:
+        remedies = [f"--site NAME, one of {', '.join(run[SITES])}"] if run.get(SITES) else []
+        remedies += ["--set with a line such as 'data.columns={completion = \"answer\"}'"]
+        raise ConfigError(f"{error}. Settings of [data] come by {' or '.join(remedies)}") from error
 
 
 def evaluation_settings(
@@ -74,10 +157,13 @@ def how_records_are_read(
     for line in overrides:
         given |= set(override(line).get("data", {}))
     origin = "as the run that wrote the folder" if run else "no run is known, so by default"
+    origin += f" reads those of {run[AS_SITE]}" if AS_SITE in run else ""
     template = data.chat_template
     columns = ", ".join(f"{ours} = {theirs!r}" for ours, theirs in data.columns.items())
     detected = " (detected)" if data.form == "auto" else ""
     parts = [f"form {form}{detected}", f"columns {columns or 'as they are named'}"]
+    parts += [f"encoding {data.encoding}"] if data.encoding != UTF8 else []
+    parts += [f"delimiter {data.delimiter!r}"] if data.delimiter else []
     parts += [f"max_length {data.max_length}", f"loss on {data.loss_on}"]
     parts += [_template_words(template, form)]
     line = f"Records read {origin}: {'; '.join(parts)}"
@@ -91,6 +177,7 @@ def how_records_are_read(
         "max_length": data.max_length,
         "loss_on": data.loss_on,
         "from_run": bool(run),
+        "as_site": run.get(AS_SITE),
         "set_here": sorted(given),
         "line": line,
     }

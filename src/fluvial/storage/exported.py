@@ -69,22 +69,31 @@ def write(
 
 def read(folder: Path) -> dict[str, Any]:
     """Return what `write` wrote, or the same from the configuration of the run that `folder` lies
-    in, or {}.
+    in (see `config_around`), or {}.
 
-    A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a
-    file that is damaged.
+    Raises `ConfigError` for a file that is damaged.
     """
     own = _tables(folder / FILE)
     if own is not None:
         return own
 
+    around = config_around(folder)
+    return {} if around is None else settings_of(around)
+
+
+def config_around(folder: Path) -> dict[str, Any] | None:
+    """Return the configuration of the run that `folder` lies in, None without one.
+
+    A run lies around RUN/adapter and around RUN/compare/NAME/adapter. Raises `ConfigError` for a
+    file that is damaged.
+    """
     parents = folder.resolve().parents
     for parent in (*parents[:1], *parents[2:3]):
         tables = _tables(parent / CONFIG)
         if tables is not None and "fluvial" in tables:  # another config.json is a model's
-            return settings_of(tables)
+            return tables
 
-    return {}
+    return None
 
 
 def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:

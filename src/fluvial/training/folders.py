@@ -69,10 +69,9 @@ class AdapterFolder:
     run: dict[str, Any] = field(default_factory=dict)
     """Settings of the run that wrote it (see `exported.read`); empty without a run."""
 
-    def settings(self, records: Path | None = None) -> dict[str, Any]:
-        """Return what a configuration needs, as tables: the base, and how the run measured, for a
-        file of `records`."""
-        return measured_as(self.run, self.base, records)
+    def settings(self) -> dict[str, Any]:
+        """Return what a configuration needs, as tables: the base, and how the run measured."""
+        return measured_as(self.run, self.base, None)
 
 
 def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[str, Any]:

@@ -131,6 +131,73 @@ def test_what_is_set_goes_before_what_the_run_had(
     assert same["data"]["adapter"] == own["data"]["adapter"]
 
 
+@pytest.fixture
+def unlike(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The result of a run over a spreadsheet in Latin-1 and over JSON lines, each with a held-out
+    file that is read in another way."""
+    rows = [(f"Größe {number}?", f" {number} Äpfel") for number in range(12)]
+    sheet = "".join(f"{ask};{answer}\n" for ask, answer in rows)
+    (tmp_path / "north.csv").write_text(f"Frage;Antwort\n{sheet}", encoding="latin-1")
+    for name, ours, theirs in (("south", "prompt", "completion"), ("held", "ask", "reply")):
+        lines = [json.dumps({ours: ask, theirs: answer}) + "\n" for ask, answer in rows[:9]]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    held = {"columns": {"prompt": "ask", "completion": "reply"}, "encoding": "utf-8"}
+    north = {
+        "source": str(tmp_path / "north.csv"),
+        "delimiter": ";",
+        "encoding": "cp1252",
+        "columns": {"prompt": "Frage", "completion": "Antwort"},
+    }
+    south = {"source": str(tmp_path / "south.jsonl")}
+    own = {"heldout_source": str(tmp_path / "held.jsonl"), "heldout": held}
+    data = {"by_site": {"north": north | own, "south": south | own}, "max_length": 96}
+    table = run_config | {"data": data, "rounds": 1, "evaluate": {"max_new_tokens": 2}}
+    return run_table(table, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "site"),
+    [
+        ("north.csv", (), "north"),
+        ("north.csv", ("--site", "north"), "north"),
+        ("south.jsonl", (), "south"),
+        ("held.jsonl", (), "north, south"),
+        ("copy.csv", ("--site", "north"), "north"),
+        ("copy.csv", ("--site", "north", "--set", 'data.encoding="latin-1"'), "north"),
+    ],
+)
+def test_a_file_is_read_as_the_site_reads_its_own(
+    unlike: dict[str, Any], tmp_path: Path, file: str, options: tuple[str, ...], site: str
+) -> None:
+    shutil.copy(tmp_path / "north.csv", tmp_path / "copy.csv")
+    found = _evaluate(tmp_path / "run", "--data", tmp_path / file, *options)
+    assert found["records"]["as_site"] == site
+    assert f"reads those of {site}: " in found["records"]["line"]
+    assert found["data"]["questions"] == (12 if file.endswith(".csv") else 9)
+    if file == "held.jsonl":
+        loss = unlike["heldout_by_site"]["south"]["final"]["loss"]
+        assert found["data"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), "is no text of utf-8 .* by --site NAME, one of north, south or --set with a line"),
+        (("--site", "south"), "is no text of utf-8 .* come by --set with a line such as"),
+        (("--site", "east"), "of the run has no such table; its tables are north, south"),
+    ],
+)
+def test_the_remedy_for_a_file_of_another_kind_is_an_option(
+    unlike: dict[str, Any], tmp_path: Path, options: tuple[str, ...], words: str
+) -> None:
+    copy = shutil.copy(tmp_path / "north.csv", tmp_path / "copy.csv")
+    with pytest.raises(ConfigError, match=words):
+        _evaluate(tmp_path / "run", "--data", copy, *options)
+    adapter = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="--site north: no run lies around"):
+        _evaluate(adapter, "--data", copy, "--site", "north")
+
+
 def test_a_folder_of_another_origin_says_that_no_run_is_known(
     trained: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
