@@ -40,7 +40,7 @@ from fluvial.report.result_tables import (
 from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import plans_by_site, predicted_by_site
 from fluvial.storage.files import write_whole
-from fluvial.storage.run_files import JsonObject
+from fluvial.storage.run_files import JsonObject, setup_of
 
 CONFLICTS = 128
 """Number of entries of a conflict log on the page: the last ones."""
@@ -119,7 +119,7 @@ def _content(run: JsonObject) -> JsonObject:
     others = _baselines(run["compare"], description)
     runs = [each for each in (*others, own) if each.metrics]
     score = score_of(runs)
-    setup = run["setup"]
+    setup = setup_of(run)
     refused = run.get("refused") or {}
     gate = setup.get("gate") or refused.get("gate")
     blocks = block_schedule(metrics, cycles=figures.CYCLES, sites=figures.SITES)

@@ -24,7 +24,7 @@ from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import predicted_by_site
 from fluvial.report.tables import table
 from fluvial.runs.verdict import loss_of
-from fluvial.storage.run_files import JsonObject
+from fluvial.storage.run_files import JsonObject, setup_of
 
 CYCLES = 12
 """Number of cycles of a block schedule on the terminal: the last ones."""
@@ -42,7 +42,7 @@ def run_tables(run: JsonObject) -> Group:
     method = run["config"].get("method", {}).get("name") or (result or {}).get("method", "run")
     content: list[RenderableType] = []
 
-    content += [Text.from_markup(line) for line in setup_lines(run["setup"])]
+    content += [Text.from_markup(line) for line in setup_lines(setup_of(run))]
     if metrics:
         content += [
             Text.from_markup(line) for line in (round_header(method), *map(round_line, metrics))

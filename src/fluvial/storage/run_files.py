@@ -137,8 +137,8 @@ def read_run(folder: Path) -> JsonObject:
     """Return the content of a run's folder as plain JSON values.
 
     The keys are folder, config, description (None where the configuration's file has none),
-    refused, setup, metrics, result, and compare with the baselines by name. Raises
-    `CheckpointError` if the folder holds no run, or a damaged one.
+    refused, setup (None where the result has it), metrics, result, and compare with the baselines
+    by name. Raises `CheckpointError` if the folder holds no run, or a damaged one.
     """
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give the folder of a run, such as runs/NAME")
@@ -162,17 +162,15 @@ def read_run(folder: Path) -> JsonObject:
         "config": config,
         "description": description,
         "refused": read_file(folder / REFUSED),
-        "setup": _setup(folder, run["result"]),
+        "setup": read_file(folder / SETUP) if run["result"] is None else None,
         **run,
         "compare": {path.name: _outcome(path) for path in compared},
     }
 
 
-def _setup(folder: Path, result: JsonObject | None) -> JsonObject:
-    """Return the findings of the set-up of a run, also before the run has finished."""
-    if result is not None:
-        return dict(result.get("setup", {}))
-    return read_file(folder / SETUP) or {}
+def setup_of(run: JsonObject) -> JsonObject:
+    """Return the findings of the set-up of a run that `read_run` has read, finished or not."""
+    return dict((run["result"] or run).get("setup") or {})
 
 
 def _outcome(folder: Path) -> JsonObject:

@@ -218,6 +218,7 @@ def test_reading_is_plain_json_and_needs_a_run(
     assert json.loads(json.dumps(found)) == found
     assert len(found["metrics"]) == 4
     assert sorted(found["compare"]) == ["fedavg", "local"]
+    assert found["setup"] is None  # once, in the result
     assert len(read_run(unfinished)["metrics"]) == 1
 
     with pytest.raises(CheckpointError, match="holds no run"):
