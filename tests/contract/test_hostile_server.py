@@ -12,6 +12,7 @@ import torch
 
 from fluvial.data import SiteTexts
 from fluvial.errors import FluvialError, RefusalError, WireError
+from fluvial.exchange import is_stale
 from fluvial.federation.in_process import InProcess
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.store import StateStore
@@ -97,7 +98,7 @@ def test_a_forged_message_is_refused_and_nothing_is_kept(
         finally:
             assert time.monotonic() - started < 5
 
-        return None if answer.values == {"stale": True} and not site.kept else site
+        return None if is_stale(answer) and not site.kept else site
 
     count = 0
     for task, wire in sorted(seen.items()):

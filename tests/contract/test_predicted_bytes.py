@@ -207,7 +207,7 @@ def test_check_shows_predictions_or_why_there_are_none(
 ) -> None:
     rows = {row["what"]: row["value"] for row in plan(parse(run_config | change, "test"))["rows"]}
     assert words in rows["up, one site in a round, with headers"]
-    assert rows["down, one site in a round, with headers"].endswith(" B")
+    assert rows["down, one site in a round, with headers"].endswith(" B in round 1")
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("flglm")])

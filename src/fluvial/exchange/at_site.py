@@ -148,21 +148,20 @@ def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | None:
-    """Return what `message` brings; None where the site lacks what it builds on.
+def receive_exchange(site: Site, message: Payload, terms: Terms) -> Received | Payload:
+    """Return what `message` brings, or the site's answer where it lacks what that builds on.
 
-    Then the answer is `STALE`. Raises `WireError` for a message that the server's half did not
-    make.
+    Raises `WireError` for a message that the server's half did not make.
     """
     with site.stopwatch.time("coding"):
         adapter = receive(site, message, terms.factors)
-    if adapter is None:
-        return None
+    if isinstance(adapter, Payload):
+        return adapter
 
     codec = site_codec(site, terms.sent(site.trained))
     followed = follow(site, codec, adapter, message, terms.pretraining(site.codec))
     if followed is None:
-        return None
+        return STALE
 
     rated = _at_rate(followed, message) if "rate" in message.values else followed
     return Received(adapter, rated, terms, round_of(site, message))
@@ -207,8 +206,8 @@ def shared(train: LocalTraining, make_terms: MakeTerms) -> Task:
     def task(site: Site, message: Payload) -> Payload:
         """Receive the adapter, train, and send the update."""
         received = receive_exchange(site, message, make_terms(site.method, site.codec))
-        if received is None:
-            return STALE
+        if isinstance(received, Payload):
+            return received
 
         update: object = train(site, received.adapter, received.round, received.examples(site))
         if not isinstance(update, LocalUpdate):

@@ -12,7 +12,8 @@ from fluvial.codecs.quantise import Identity
 from fluvial.data import SiteData
 from fluvial.errors import ConfigError
 from fluvial.exchange.ensemble import Ensemble, Progress
-from fluvial.exchange.gathering import Gathering, Readable, to_all
+from fluvial.exchange.gathering import Gathering, Readable, ask_stale_again, to_all
+from fluvial.exchange.start import Starts
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import TgapConfig
 from fluvial.exchange.tgap_tasks import snapshot
@@ -38,12 +39,20 @@ def collect_moments(
     `layout` is the adapter's, `sent` the updates'. Every site starts from the same initial adapter
     as FAF and goes its own way.
     """
-    start = initial_state(layout, seed)
+    starts = Starts(initial_state(layout, seed))
     for number in range(1, config.rounds + 1):
         logger.info("TGAP round %d of %d", number, config.rounds)
-        messages = dict.fromkeys(fleet.sites, adapter_message(start, round=number))
-        for _ in fleet.ask("snapshot", messages, round=0, read=nothing):
-            pass
+        answers = ask_stale_again(
+            fleet,
+            "snapshot",
+            fleet.sites,
+            round=0,
+            messages=partial(starts.messages, round=number),
+            read=nothing,
+            forget=starts.others.update,
+        )
+        answered = len(list(answers))
+        fleet.require_quorum("snapshot", 0, answered=answered, asked=len(fleet.sites))
 
     def read(_site: str, reply: Payload) -> Readable[Moments]:
         moments = Moments.read(sent, reply, most=config.training_rounds)
@@ -66,15 +75,17 @@ def collect(
     *,
     sent: Layout | None = None,
     folder: Path | None = None,
+    same_seed: bool = True,
 ) -> list[Snapshot]:
     """Return raw updates of all sites over `config.rounds` rounds.
 
-    All start from the same initial adapter as FAF. `layout` is the adapter's, `sent` the updates'
-    where sites send some factors only. With `folder` the snapshots lie there, and rounds that an
-    earlier process has finished are not run again.
+    All start from the same initial adapter as FAF, which sites of the `same_seed` make themselves.
+    `layout` is the adapter's, `sent` the updates' where sites send some factors only. With `folder`
+    the snapshots lie there, and rounds that an earlier process has finished are not run again.
     """
     sent = sent or layout
     start = initial_state(layout, seed)
+    starts = Starts(start)
     ensemble = Ensemble(folder, _made_of(config, seed, sent), start, sent)
     progress = ensemble.progress()
     alone = config.reading == "local"
@@ -94,6 +105,8 @@ def collect(
         return Readable(Snapshot(site, number, own[site], update), norm(update), weight)
 
     def messages(sites: Sequence[str], *, number: int) -> dict[str, Payload]:
+        if number == 1 and same_seed:
+            return starts.messages(sites, round=number)
         return {site: adapter_message(own[site], round=number) for site in sites}
 
     for number in range(progress.round + 1, config.rounds + 1):
@@ -104,6 +117,7 @@ def collect(
             0,
             partial(messages, number=number),
             partial(read, number=number),
+            forget=starts.others.update,
         )
         mean = WeightedMean()
         answered = []

@@ -6,6 +6,8 @@ difference, so errors do not accumulate (error feedback at the server; EF21-P of
 ICML 2023, whose server keeps all its state). A site that was absent receives the frames that it
 missed, or the exact adapter if that is shorter. A factor A that is frozen does not change, and no
 frame has it.
+
+With and without a codec, the adapter of round 1 is the start, which is not sent (see `start`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,6 +19,8 @@ from fluvial.codecs.naming import configured_in
 from fluvial.errors import ConfigError, WireError
 from fluvial.exchange.coding import Plain
 from fluvial.exchange.difference import REFERENCE, Difference
+from fluvial.exchange.gathering import STALE
+from fluvial.exchange.start import START, adapter_or_start, checked_start, start_message
 from fluvial.federation.sites import (
     Sent,
     Site,
@@ -25,7 +29,7 @@ from fluvial.federation.sites import (
     read_adapter_message,
 )
 from fluvial.models.adapters import is_side
-from fluvial.models.states import initial_state
+from fluvial.models.states import digest, initial_state
 from fluvial.seeds import derive
 from fluvial.wire.payload import Payload, Value, frame_payload, join, payload_frame, split
 from fluvial.wire.tensors import Layout, Named, factor
@@ -69,6 +73,10 @@ class Downlink:
             coded = coded_layout(self.layout, factors)
             codec = None if settings is None else build(settings, coded)
         self.coder = None if codec is None else Difference(Plain(codec))
+        self.start = digest(adapter)
+        """Digest of version 0."""
+        self.starting = False
+        """True in a round in which sites receive version 0, without a codec."""
         self.reference = adapter
         self.version = 0
         self.frames: dict[int, bytes] = {}
@@ -86,6 +94,7 @@ class Downlink:
         self._messages = {}
         if self.coder is None:
             self.reference = adapter
+            self.starting = round == 1 and digest(adapter) == self.start
             return
 
         if round <= self.version or round == 1:  # asked again, or version 0 is the adapter
@@ -115,10 +124,12 @@ class Downlink:
 
         Sites that hold the same version share one message.
         """
+        base = self.holds.get(site, 0)
         if self.coder is None:
+            if self.starting and base == 0:
+                return self._shared(0, lambda: start_message(self.start, values))
             return self._shared(-1, lambda: adapter_message(self.reference, **values))
 
-        base = self.holds.get(site, 0)
         if base < self.oldest:
             return self._shared(
                 -1, lambda: adapter_message(self.reference, version=self.version, **values)
@@ -130,6 +141,8 @@ class Downlink:
             "version": self.version,
             "sizes": [len(frame) for frame in frames],
         }
+        if base == 0:
+            marks[START] = self.start
         return self._shared(base, lambda: _frames_payload(frames, {**values, **marks}))
 
     def _shared(self, key: int, make: Callable[[], Payload]) -> Payload:
@@ -189,22 +202,22 @@ def _chosen(adapter: Named, names: Iterable[str]) -> Named:
     return {name: adapter[name] for name in names}
 
 
-def receive(site: Site, message: Payload, factors: Sent = "A and B") -> Named | None:
+def receive(site: Site, message: Payload, factors: Sent = "A and B") -> Named | Payload:
     """Return, at a site that sends `factors`, the adapter that `message` brings, and keep it.
 
-    Return None if it builds on a version that the site lacks.
+    Return the site's answer, `STALE` or `OTHER_START`, if it builds on what the site lacks.
     """
     layout = received_layout(site.layout, factors)
     if site.downlink is None:
-        return read_adapter_message(message, layout)
+        return adapter_or_start(site, message, layout)
 
     version = message.whole("version", 0, site.rounds)
     if "base" not in message.values:
         received = read_adapter_message(message, layout)
     else:
-        held = _held(site, layout, message.whole("base", 0, site.rounds))
-        if held is None:
-            return None
+        held = _held(site, layout, message)
+        if isinstance(held, Payload):
+            return held
 
         received = held
         coder = Difference(Plain(build(site.downlink, coded_layout(layout, factors))))
@@ -216,17 +229,19 @@ def receive(site: Site, message: Payload, factors: Sent = "A and B") -> Named | 
     return received
 
 
-def _held(site: Site, layout: Layout, version: int) -> Named | None:
-    """Return the adapter of `version`, None where the site holds another or none."""
-    if version == 0:
-        return initial_state(layout, site.seed)
-
+def _held(site: Site, layout: Layout, message: Payload) -> Named | Payload:
+    """Return the adapter that the frames of `message` build on, or the site's answer where it holds
+    another or none."""
+    version = message.whole("base", 0, site.rounds)
     stored = site.recall(_SLOT)
-    if not stored.tensors or stored.value("version", int) != version:
-        return None
+    kept = bool(stored.tensors) and stored.value("version", int) == version
+    if kept:
+        layout.check(stored.tensors, "the adapter that the site keeps")
 
-    layout.check(stored.tensors, "the adapter that the site keeps")
-    return stored.tensors
+    if version == 0:
+        start = stored.tensors if kept else initial_state(layout, site.seed)
+        return checked_start(site, message, start)
+    return stored.tensors if kept else STALE
 
 
 def _frames_payload(frames: list[bytes], values: dict[str, Value]) -> Payload:

@@ -178,7 +178,13 @@ def collect(context: Context, terms: Terms, fleet: Fleet) -> Snapshots | Sums:
         ensemble = collecting.simulated_fleet(terms, context)
 
     snapshots = collecting.collect(
-        config, ensemble, context.layout, context.seed, sent=layout, folder=context.ensemble
+        config,
+        ensemble,
+        context.layout,
+        context.seed,
+        sent=layout,
+        folder=context.ensemble,
+        same_seed=ensemble is fleet,
     )
     training, heldout = split_by_time(snapshots, config.holdout)
     seed = derive(context.seed, "codec fit")

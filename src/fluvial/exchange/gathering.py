@@ -3,6 +3,7 @@
 Every method that folds one reply from each site gathers them here, whatever the replies carry.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,10 +15,14 @@ from fluvial.federation.context import Metrics
 from fluvial.federation.fleet import Fleet
 from fluvial.wire.payload import Payload
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 STALE = Payload(values={"stale": True})
 """A site's answer when it lacks what the message builds on, and must be sent everything."""
+OTHER_START = Payload(values={"stale": "start"})
+"""The same answer where the site makes another start than the server's (see `start`)."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +37,21 @@ class Readable(Generic[T]):
 
 
 def is_stale(reply: Payload) -> bool:
-    """Return whether a reply is `STALE` and nothing else."""
+    """Return whether a reply is `STALE` or `OTHER_START` and nothing else."""
     return (
         reply.values.keys() == STALE.values.keys()
-        and reply.values["stale"] is True
+        and (reply.values["stale"] is True or has_other_start(reply))
         and not reply.tensors
     )
+
+
+def has_other_start(reply: Payload) -> bool:
+    """Return whether a stale reply is `OTHER_START`."""
+    return reply.values["stale"] == OTHER_START.values["stale"]
+
+
+def _note(_site: str) -> None:
+    """Note nothing."""
 
 
 def to_all(sites: Sequence[str], message: Payload) -> dict[str, Payload]:
@@ -54,11 +68,12 @@ def ask_stale_again(
     messages: Callable[[Sequence[str]], Mapping[str, Payload]],
     read: Callable[[str, Payload], T],
     forget: Callable[[Sequence[str]], None],
+    other_start: Callable[[str], None] = _note,
 ) -> Iterator[tuple[str, T]]:
     """Ask `sites`, and yield each that answered, with what `read` made of its reply.
 
     Those that are stale are given to `forget` and asked once more; one that still is has failed.
-    The quorum is the caller's.
+    `other_start` is called for those of them that make another start. The quorum is the caller's.
     """
     waiting = list(sites)
 
@@ -71,11 +86,21 @@ def ask_stale_again(
             read=partial(_read_unless_stale, read, again),
             alone=False,
         ):
-            if reply.content is None:
-                stale.append(reply.site)
-                fleet.meter.answered.discard((reply.site, task))  # it carried nothing
-            else:
+            if not isinstance(reply.content, _Stale):
                 yield reply.site, reply.content
+                continue
+
+            stale.append(reply.site)
+            fleet.meter.answered.discard((reply.site, task))  # it carried nothing
+            if reply.content.other_start:
+                logger.warning(
+                    "round %d, %s: site %s makes another adapter from the seed, and is sent the "
+                    "server's",
+                    round,
+                    task,
+                    reply.site,
+                )
+                other_start(reply.site)
 
         if not stale:
             return
@@ -84,23 +109,26 @@ def ask_stale_again(
         forget(waiting)
 
 
+@dataclass(frozen=True)
+class _Stale:
+    """The content of a reply that is stale."""
+
+    other_start: bool
+
+
 def _read_unless_stale(
     read: Callable[[str, Payload], T], again: bool, site: str, reply: Payload
-) -> T | None:
-    """Return what `read` makes of a reply, None for a stale one the first time."""
+) -> T | _Stale:
+    """Return what `read` makes of a reply; raise `WireError` for one that is stale again."""
     if not is_stale(reply):
         return read(site, reply)
     if again:
         raise WireError("the site cannot follow even after everything was sent again")
-    return None
+    return _Stale(has_other_start(reply))
 
 
 def _ignore(_sites: Sequence[str]) -> None:
     """Forget nothing."""
-
-
-def _note(_site: str) -> None:
-    """Note nothing."""
 
 
 @dataclass
@@ -120,6 +148,8 @@ class Gathering(Generic[T]):
     """Called for sites that lack something, before they are asked again."""
     clipped: list[dict[str, Any]] = field(default_factory=list)
     """Sites whose weight was lowered, with both weights; complete after the last reply."""
+    other_starts: list[str] = field(default_factory=list)
+    """Sites that make another start than the server's, and were sent that."""
 
     def of(self, cohort: Sequence[str]) -> Iterator[Counted[T]]:
         """Ask `cohort`, and yield the replies that count, as soon as it is known that they do.
@@ -138,6 +168,7 @@ class Gathering(Generic[T]):
             messages=self.messages,
             read=self.read,
             forget=self.forget,
+            other_start=self.other_starts.append,
         ):
             self.answered(site)
             yield from replies.add(site, reply.length, reply.weight, reply.content)
@@ -146,5 +177,9 @@ class Gathering(Generic[T]):
         self.clipped = replies.clipped
 
     def metrics(self) -> Metrics:
-        """Return the sites whose weight was lowered, where there are any; after the last reply."""
-        return {"clipped": self.clipped} if self.clipped else {}
+        """Return the sites whose weight was lowered, and those that were sent the start, where
+        there are any; after the last reply."""
+        metrics: Metrics = {"clipped": self.clipped} if self.clipped else {}
+        if self.other_starts:
+            metrics["sent_start"] = sorted(self.other_starts)
+        return metrics

@@ -10,10 +10,11 @@ from fluvial.codecs.quantise import Identity
 from fluvial.errors import WireError
 from fluvial.exchange.probe import Probe
 from fluvial.exchange.representation import coded_object
+from fluvial.exchange.start import adapter_or_start
 from fluvial.exchange.terms import Terms
 from fluvial.exchange.tgap import d1_of
 from fluvial.exchange.versions import install_codec, site_codec
-from fluvial.federation.sites import Site, read_adapter_message, train_locally
+from fluvial.federation.sites import Site, train_locally
 from fluvial.wire.payload import Payload, frame_payload, join, split
 from fluvial.wire.tensors import Layout, moved
 
@@ -26,7 +27,9 @@ def snapshot(site: Site, message: Payload, terms: Terms) -> Payload:
     """
     tgap = terms.tgap
     round = message.whole("round", 1, tgap.rounds)
-    received = read_adapter_message(message, site.layout)
+    received = adapter_or_start(site, message, site.layout)
+    if isinstance(received, Payload):
+        return received
 
     if tgap.source == "sites-covariance":
         received = site.recall("tgap").tensors or received

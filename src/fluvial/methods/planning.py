@@ -13,7 +13,7 @@ from fluvial.exchange.downlink import coded_layout
 from fluvial.federation.line import round_s
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
-from fluvial.methods.traffic import Traffic, shared_down, shared_up
+from fluvial.methods.traffic import Traffic, shared_down, shared_up, starts
 from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
@@ -104,8 +104,8 @@ def coded(
         received = given.layout if download is None else download[0]
         down = frame_size(*_carried(given, received, sent))
     cohort = config.cohort(given.sites)
-    # With a coded downlink, every site makes the first adapter from the seed.
-    downloads = given.rounds - (given.downlink is not None)
+    # In round 1 the sites make the adapter from the seed, but not an exact side path.
+    downloads = given.rounds - (given.downlink is not None or starts(received))
     rows = [
         *frame_rows(config, given, frame),
         ("down, whole run", f"{down * cohort * downloads:,} B to all sites, without headers"),

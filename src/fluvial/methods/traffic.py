@@ -8,6 +8,8 @@ from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.exchange import reports_error
+from fluvial.exchange.start import START
+from fluvial.models.adapters import is_side
 from fluvial.wire.payload import Payload, Value, frame_payload
 from fluvial.wire.tensors import Layout
 
@@ -18,6 +20,8 @@ FULL_LOSS = 1.2345678901234567e-05
 """A loss of as many digits as a float can have."""
 PREDICTED_SAMPLES = 10**7
 """Sequences of a site up to which a prediction holds."""
+DIGEST = "0" * 32
+"""A digest of a start, of which all have one length."""
 CODED = 0.01
 """Share by which the frame of a random update may differ in length from that of a real one."""
 
@@ -107,6 +111,11 @@ def shared_up(settings: CodecSettings, sent: Layout, *, frame_only: bool = False
     return coded_frame(settings, sent) + around
 
 
+def starts(received: Layout) -> bool:
+    """Return whether the adapter of round 1 is the start that sites make: not with a side path."""
+    return not any(map(is_side, received.names))
+
+
 def shared_down(
     settings: CodecSettings | None,
     layout: Layout,
@@ -141,16 +150,23 @@ def shared_down(
     if version:
         values["codec"] = round
 
+    start: dict[str, Value] = {START: DIGEST}
+    if settings is None and round == 1 and starts(layout):
+        return envelope(
+            values | start, values | start | ({"codec": 1} if version else {}), frame=False
+        )
     if settings is None:
         frame = exactly(frame_size(IdentitySettings(), layout))
         return frame + envelope(values, values | ({"codec": 1} if version else {}))
     if round == 1:
-        return envelope(values | {"base": 0, "version": 0, "sizes": []}, frame=False)
+        values |= {"base": 0, "version": 0, "sizes": [], **start}
+        return envelope(values, frame=False)
     if not all_sites:
         return unknown("a site that was away gets every frame that it missed")
 
     frame = coded_frame(settings, layout)
     base = 0 if round == 2 else round - 1
+    values |= start if base == 0 else {}
     return frame + envelope(
         *(
             values | {"base": base, "version": round, "sizes": [size]}

@@ -74,6 +74,7 @@ def round_line(record: JsonObject) -> str:
             ("missing", missing),
             ("asked again", asked_again),
             ("not measured", unmeasured),
+            ("first adapter sent to", record.get("sent_start", [])),
             ("unchanged", record.get("unchanged", [])),
         )
         if names

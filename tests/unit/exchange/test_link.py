@@ -147,21 +147,20 @@ def test_any_method_takes_a_coded_downlink(
     table = run_config | {"rounds": 4, "method": method, "codec": {"name": "int8"}}
     exact = run_table(table, tmp_path / "exact")
     coded = run_table(table | {"downlink": {"name": "int8"}}, tmp_path / "coded")
-    assert coded["bytes"]["down"] < 0.3 * exact["bytes"]["down"]
+    assert coded["bytes"]["down"] < 0.35 * exact["bytes"]["down"]
     assert coded["heldout"]["final"]["loss"] == pytest.approx(
         exact["heldout"]["final"]["loss"], abs=0.01
     )
 
 
 def test_an_identity_downlink_changes_nothing(run_config: dict[str, Any], tmp_path: Path) -> None:
-    """fp32 differences round, so the adapters agree to the last bits; round 1 needs no byte of
-    adapter."""
+    """fp32 differences round, so the adapters agree to the last bits."""
     exact = run_table(run_config, tmp_path / "exact")
     coded = run_table(run_config | {"downlink": {"name": "identity"}}, tmp_path / "coded")
     assert coded["heldout"]["final"]["loss"] == pytest.approx(
         exact["heldout"]["final"]["loss"], abs=1e-5
     )
-    assert coded["bytes"]["down"] < exact["bytes"]["down"]
+    assert coded["bytes"]["down"] == pytest.approx(exact["bytes"]["down"], rel=0.02)
 
 
 def test_a_site_that_lost_its_state_is_sent_everything(

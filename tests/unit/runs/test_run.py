@@ -75,7 +75,7 @@ def test_bytes_are_the_frames_and_their_envelopes(
     frames = 6 * (layout.raw_bytes + OVERHEAD)
     assert result["bytes"]["up_raw"] == 6 * layout.raw_bytes
     assert 0 < result["bytes"]["up"] - frames < 6 * 50
-    assert 0 < result["bytes"]["down"] - frames < 6 * 50
+    assert 0 < result["bytes"]["down"] - frames // 2 < 6 * 100  # round 1 has no adapter
     assert result["bytes"]["setup"] == 0
     assert result["round_ratio"] == result["bytes"]["up"] / result["bytes"]["up_raw"]
 
@@ -269,7 +269,7 @@ def test_an_exploding_aggregate_stops_the_run(
 
     def explode(self: Identity, reader: Any) -> torch.Tensor:
         calls[0] += 1
-        return decode(self, reader) * (1000.0 if calls[0] > 12 else 1.0)
+        return decode(self, reader) * (1000.0 if calls[0] > 9 else 1.0)  # round 3
 
     monkeypatch.setattr(Identity, "parse", explode)
     method = {"name": "cgfedllm", "tgap": {"source": "none"}}

@@ -8,9 +8,9 @@ LoRA with the frozen autoencoder in the uplink: a site sends Enc(update), the se
 averages, and broadcasts the adapter. Any codec can take the autoencoder's place; a gate measures on
 held-out snapshots whether it carries updates at all.
 
-Its task `train` sees `STALE` and the codec, which `exchange.shared` hides for other methods: under
-differential privacy the noise is put on the latent, between the codec's analysis and its packing,
-and the site then sends a frame and nothing else.
+Its task `train` sees stale messages and the codec, which `exchange.shared` hides for other methods:
+under differential privacy the noise is put on the latent, between the codec's analysis and its
+packing, and the site then sends a frame and nothing else.
 """
 
 import logging
@@ -23,7 +23,6 @@ from fluvial.codecs.base import Codec, LatentCodec
 from fluvial.codecs.learned.resnet import ResNetSettings
 from fluvial.errors import ConfigError, DivergenceError, WireError
 from fluvial.exchange import (
-    STALE,
     LocalUpdate,
     Rule,
     Terms,
@@ -173,8 +172,8 @@ def train(site: Site, message: Payload) -> Payload:
     """Tune the received adapter on D2, encode the update (or the state), send the frame."""
     config: CgFedLlmConfig = site.method
     received = receive_exchange(site, message, terms(config, site.codec))
-    if received is None:
-        return STALE
+    if isinstance(received, Payload):
+        return received
     if config.privacy and config.privacy.at_site:
         return _train_in_private(
             site, config.privacy, received.round, received.adapter, received.codec

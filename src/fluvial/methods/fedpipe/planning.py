@@ -188,8 +188,9 @@ def _traffic(config: FedPipeConfig, given: Given, round: int) -> Traffic:
     up = coded_frame(given.codec, factor_layout(given.layout, config.factors))
     error = given.codec.error_feedback
     least = Layout(((given.layout.shapes[0][0], (1, 1)),))
-    # With a coded downlink every site makes the first adapter from the seed.
-    fewest = coded_frame(IdentitySettings(), least).least if given.downlink is None else 0
+    # Every site makes the first adapter from the seed.
+    sends = given.downlink is None and round > 1
+    fewest = coded_frame(IdentitySettings(), least).least if sends else 0
     up = Bytes(1, up.most) + answer(error=error, steps=10**6, s="000000.000")
     if config.share_of_upload(given.codec) < 1:
         most: list[Value] = [10**4] * len(modules_of(given.layout.names))

@@ -296,7 +296,7 @@ class FedPipeServer(SharedModelServer):
             "update_norm": norm(subtract(self.shared.whole.adapter, before)),
             **measures,
             **self._fairness(trainings),
-            **self._compare(fleet, trainings),
+            **self._compare(fleet, trainings, number),
         }
 
     def _further(self, site: str, reply: Payload) -> dict[str, Any]:
@@ -327,7 +327,7 @@ class FedPipeServer(SharedModelServer):
             **({"sent_share": shares} if shares else {}),
         }
 
-    def _compare(self, fleet: Fleet, trainings: Sequence[Training]) -> Metrics:
+    def _compare(self, fleet: Fleet, trainings: Sequence[Training], round: int) -> Metrics:
         """Return the predicted and the measured figures of each site that trained by its plan for
         the first time, and note by how much its training was slower than predicted.
 
@@ -342,9 +342,8 @@ class FedPipeServer(SharedModelServer):
             self.unmeasured.remove(training.site)
             plan = self._predicted(training.site)
             sizes = fleet.meter.current[training.site]
-            measured = Measured(
-                None, sizes["up", "train"], sizes["down", "train"], training.seconds
-            )
+            down = sizes["down", "train"] if round > 1 else None
+            measured = Measured(None, sizes["up", "train"], down, training.seconds)
             figures[training.site] = compared(plan, measured)
             if self.config.budget(training.site).tokens_s is None and plan.prediction.compute_s > 0:
                 now = self.slowness.get(training.site, 1.0)

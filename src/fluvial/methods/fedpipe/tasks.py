@@ -228,8 +228,8 @@ def train(site: Site, message: Payload) -> Payload:
     plan = SiteConfiguration.from_payload(stored, run_assignment(site))
     site.assigned = plan.assignment
     received = receive_exchange(site, message, terms(config, site.codec))
-    if received is None:
-        return STALE
+    if isinstance(received, Payload):
+        return received
 
     examples = shortened(received.examples(site), plan.length)
     upload = Upload.of(site, config, plan)

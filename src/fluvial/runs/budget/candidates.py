@@ -28,7 +28,7 @@ UNRATED = ("int8", "int4")
 TRIES = 8
 """Rates that are tried at most, until the predicted bytes fit."""
 LATER = 2
-"""A round that sends what most rounds send: a coded downlink has nothing to send in the first."""
+"""A round that sends what most rounds send: in the first, sites make the adapter themselves."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,18 @@ class Candidate:
     """Bytes of a coded update, at most."""
     up_bytes: int
     """Bytes that a site sends in all rounds, at most."""
-    down_bytes: int
-    """Bytes that a site receives in all rounds, at most."""
+    downs: tuple[int, int]
+    """Bytes that a site receives in round 1, and in each later round, at most."""
     train_s: float | None
     """Seconds of a site's steps and coding in a round; None without a limit of time."""
     run_s: float | None
     """Seconds of all rounds over the line; None without a limit of time."""
+
+    @property
+    def down_bytes(self) -> int:
+        """Return the bytes that a site receives in all rounds, at most."""
+        first, later = self.downs
+        return first + (self.config.rounds - 1) * later
 
 
 def adapters(budget: BudgetConfig, free: Open) -> list[Adapter]:
@@ -170,6 +176,7 @@ class Costs:
         first, later = (forecast.traffic(min(n, config.rounds)) for n in (1, LATER))
         down = forecast.down if later.down.unknown else later.down.most
         up = forecast.frame if later.up.unknown else later.up.most
+        downs = (first.down.most, down)
         train_s = None if self.budget.run_s is None else self._train_s(config, pool)
 
         return Candidate(
@@ -178,9 +185,9 @@ class Costs:
             layout=pool.layout,
             frame_bytes=forecast.frame,
             up_bytes=config.rounds * up,
-            down_bytes=first.down.most + (config.rounds - 1) * down,
+            downs=downs,
             train_s=train_s,
-            run_s=None if train_s is None else config.rounds * self._round_s(down, up, train_s),
+            run_s=None if train_s is None else self._run_s(downs, up, train_s),
         )
 
     def _fits(self, candidate: Candidate) -> bool:
@@ -197,17 +204,20 @@ class Costs:
         if budget.run_s is None or candidate.train_s is None:
             return most
 
-        down = candidate.down_bytes // rounds
-        limit_s = budget.run_s / rounds
         fits = 0
         while most - fits > 1:  # the time grows with the bytes
             middle = (fits + most) // 2
-            if self._round_s(down, middle, candidate.train_s) <= limit_s:
+            if self._run_s(candidate.downs, middle, candidate.train_s) <= budget.run_s:
                 fits = middle
             else:
                 most = middle
 
         return fits
+
+    def _run_s(self, downs: tuple[int, int], up: int, train_s: float) -> float:
+        """Return the seconds of all rounds, with `up` bytes of a site in each."""
+        first_s, later_s = (self._round_s(down, up, train_s) for down in downs)
+        return first_s + (self.config.rounds - 1) * later_s
 
     def _round_s(self, down: int, up: int, train_s: float) -> float:
         line = self.config.fleet.line

@@ -14,7 +14,8 @@ class Measured:
     memory_bytes: int | None
     """Most bytes of the process, or of the device; None where it was not measured apart."""
     bytes_up: int
-    bytes_down: int
+    bytes_down: int | None
+    """None in round 1, whose adapter each site makes from the seed."""
     seconds: float
     """Seconds of training, without messages."""
 
