@@ -125,7 +125,7 @@ class Drawing:
     def tip(self, shape: str, x: float, y: float, words: str, width: float) -> None:
         """Add an area that shows `words` on hover, within the chart's `width`."""
         most = int((width - 4) / CHARACTER)
-        lines = [part for line in words.split("\n") for part in wrap(line, most)]
+        lines = [part for line in words.split("\n") for part in wrap(line, most) or [""]]
         half = max(map(len, lines)) * CHARACTER / 2
         x = min(max(x, half + 2), width - half - 2)
         top = y - 8 - 13 * (len(lines) - 1)
