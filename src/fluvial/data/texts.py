@@ -43,6 +43,8 @@ class SiteData:
     dropped_records: int = 0
     unmeasured: int = 0
     """Held-out sequences beyond `max_heldout`, which are not measured."""
+    heldout_records: int = 0
+    """Records that are held out, of all `records`."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ class SiteTexts:
             sum(site.truncated_tokens for site in sites),
             sum(site.dropped_records for site in sites),
             sum(site.unmeasured for site in sites),
+            sum(site.heldout_records for site in sites),
         )
 
     def check(self) -> list[str]:
@@ -285,6 +288,7 @@ class SiteTexts:
             surplus.tokens,
             surplus.dropped,
             len(heldout.examples[self.config.max_heldout :]) if self.config.max_heldout else 0,
+            heldout.records,
         )
 
     def _own_faults(self, name: str, tokens: _Tokens, faults: Faults) -> None:

@@ -8,6 +8,15 @@ from fluvial.formatting import safe_text
 from fluvial.report.tables import table
 from fluvial.storage.run_files import JsonObject
 
+SITE_COLUMNS = {
+    "train_records": "training\nrecords",
+    "train": "training\nsequences",
+    "heldout_records": "held-out\nrecords",
+    "heldout": "held-out\nsequences",
+    "truncated_records": "truncated\nrecords",
+}
+"""Headings of the counts of a site, by their keys in a plan."""
+
 
 def plan_table(planned: JsonObject) -> Group:
     """Return the figures, sites and notes of a planned run."""
@@ -16,14 +25,14 @@ def plan_table(planned: JsonObject) -> Group:
     sites = [
         [
             safe_text(site["name"]),
-            *(f"{site[key]:,}" for key in ("records", "train", "heldout", "truncated_records")),
+            *(f"{site[key]:,}" for key in SITE_COLUMNS),
         ]
         for site in planned["sites"]
     ]
     content: list[RenderableType] = [
         Text(title, style="bold"),  # as a table's title it would be wrapped to the table's width
         figures_table(planned),
-        table(["site", "records", "training", "held-out", "truncated"], sites, "Sites"),
+        table(["site", *SITE_COLUMNS.values()], sites, "Sites"),
     ]
 
     return Group(*content, *(Text(f"• {safe_text(note)}") for note in planned["notes"]))
@@ -48,7 +57,11 @@ def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:
             ("«loss»" if marks else "loss", "bold green"),
             ", ",
             ("no loss", "dim"),
-        )
+        ),
+        Text(
+            f"{preview['train_records']:,} training records in {preview['train']:,} sequences; "
+            f"{preview['heldout_records']:,} held-out records are not shown"
+        ),
     ]
     for number, sequence in enumerate(preview["sequences"], start=1):
         text = Text()

@@ -78,6 +78,8 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
             {
                 "name": name,
                 "records": data.records,
+                "train_records": data.records - data.heldout_records,
+                "heldout_records": data.heldout_records,
                 "train": len(data.train),
                 "steps": train.steps(len(data.train)),
                 "heldout": len(data.heldout),
@@ -157,8 +159,9 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
     if name not in texts.names:
         raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
 
+    data = texts.load(name)
     sequences = []
-    for example in texts.load(name).train[:count]:
+    for example in data.train[:count]:
         pieces = _pieces(tokenizer, example.input_ids)
         tokens = [
             {"text": piece, "loss": label != IGNORE_INDEX}
@@ -169,7 +172,14 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
             {"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens}
         )
 
-    return {"site": name, "form": config.data.form, "sequences": sequences}
+    return {
+        "site": name,
+        "form": config.data.form,
+        "train_records": data.records - data.heldout_records,
+        "train": len(data.train),
+        "heldout_records": data.heldout_records,
+        "sequences": sequences,
+    }
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

@@ -70,13 +70,10 @@ def test_a_site_called_pooled_is_one_of_many(tmp_path: Path, tiny_model: Path) -
     }
     table = {"model": {"name_or_path": str(tiny_model)}, "data": data | {"heldout_share": 0.5}}
     sites = plan(parse(table, "test"))["sites"]
-    assert [(site["name"], site["records"]) for site in sites] == [
-        ("north", 4),
-        ("pooled", 4),
-        ("south", 4),
-    ]
+    counts = [(each["name"], each["train_records"], each["heldout_records"]) for each in sites]
+    assert counts == [("north", 2, 2), ("pooled", 2, 2), ("south", 2, 2)]
     (central,) = plan(parse(table | {"method": {"name": "central"}}, "test"))["sites"]
-    assert central["records"] == 12
+    assert (central["records"], central["heldout_records"]) == (12, 6)
 
 
 def test_the_central_baseline_has_all_records_whatever_the_sites_are_called(

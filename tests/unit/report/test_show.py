@@ -450,7 +450,8 @@ def test_plan_and_preview() -> None:
             "targets": ["q_proj"],
         },
         "sites": [
-            {"name": "xml", "train": 90, "heldout": 10, "records": 100, "truncated_records": 7}
+            {"name": "xml", "records": 100, "train_records": 88, "heldout_records": 12}
+            | {"train": 90, "heldout": 10, "truncated_records": 7}
         ],
         "rows": [{"what": "bytes per update", "value": "131 kB"}],
         "notes": ["[see] the notes"],
@@ -458,16 +459,20 @@ def test_plan_and_preview() -> None:
     words = text_of(plan_table(planned))
     assert "1,000,000 parameters, 32,768 trainable" in words
     assert re.search(r"bytes per update\s+131 kB", words)
-    assert re.search(r"xml\s+100\s+90\s+10\s+7", words)
+    assert re.search(r"xml\s+88\s+90\s+12\s+10\s+7", words)
     assert "• [see] the notes" in words
     tokens = [{"text": "a [b]\n", "loss": False}, {"text": "c", "loss": True}]
     found = {
         "site": "xml",
         "form": "text",
+        "train_records": 88,
+        "train": 90,
+        "heldout_records": 12,
         "sequences": [{"tokens": tokens, "length": 2, "label_tokens": 1}],
     }
     words = text_of(preview_text(found))
     assert "2 tokens, 1 with loss\na [b]⏎\nc\n" in words
+    assert "88 training records in 90 sequences; 12 held-out records are not shown" in words
 
 
 def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -> None:
