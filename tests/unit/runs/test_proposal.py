@@ -156,6 +156,8 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
     assert own["lisbon"].columns == {"prompt": "Frage", "completion": "Antwort"}
     assert own["oslo"].columns is None
     assert own["rome"].columns == {"prompt": "question", "completion": "answer"}
+    head = Path("q.toml").read_text().splitlines()[0]
+    assert head.startswith("# `fluvial init` wrote this file for ")  # true after changes, too
 
     renamed = ("--column", "prompt=Frage", "--column", "completion=Antwort")
     with pytest.raises(ConfigError, match="--data 'oslo.jsonl': --column.*--column oslo:prompt="):
@@ -165,6 +167,21 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
     again = ["--data", "oslo.jsonl", "--data", "oslo.jsonl"]
     with pytest.raises(ConfigError, match="another source makes the site 'oslo' too"):
         run_init("--force", "--yes", *again, "--model", str(tiny_model))
+
+
+def test_a_site_is_named_after_the_folder_that_a_relative_path_means(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in ("oslo.x", "oslo.x/rome"):
+        Path(place).mkdir()
+        written(answers(4), f"{place}/a.jsonl")
+    monkeypatch.chdir("oslo.x/rome")
+    config = proposed("--model", str(tiny_model), "--data", ".", "--data", "..")
+    assert sorted(config.data.by_site) == ["oslo.x", "rome"]
+    with pytest.raises(
+        ConfigError, match="--data '/': its site would be named after it, but '' is"
+    ):
+        run_init("--force", "--yes", "--model", str(tiny_model), "--data", ".", "--data", "/")
 
 
 def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:

@@ -72,11 +72,12 @@ def propose(
         public_path=None if public is None else path_from(file, public),
         heldout_path=None if heldout is None else path_from(file, heldout),
     )
-    limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "nothing named"
+    limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "none"
     head = [
-        f"{sites.words()} tune {model.name}.",
-        f"Written by `fluvial init`; limits: {limited}. Only what differs from the defaults is "
-        "set: docs/settings.md has every setting.",
+        # In the past tense, so that it stays true where the user edits the file.
+        f"`fluvial init` wrote this file for {model.name} and {sites.words()}; limits that were "
+        f"named: {limited}. Only what differs from the defaults is set: docs/settings.md has every "
+        "setting.",
     ]
     text = document(head, sections(answers))
     table = paths.beside(tomllib.loads(text), file)

@@ -13,6 +13,7 @@ from fluvial.data.faults import Faults, shown
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form, fields_of
 from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
+from fluvial.data.site_names import fault_of
 from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
@@ -206,7 +207,7 @@ def separate(
     the source as well. Raises `ConfigError` for two sources of one name, and for plain text beside
     questions with answers.
     """
-    names = [Path(source).stem for source in sources]
+    names = list(map(_site_of, sources))
     for name in columns.keys() - {"", *names}:
         raise ConfigError(
             f"--column {name}:...: no --data makes a site {name!r}; they make {', '.join(names)}"
@@ -236,6 +237,22 @@ def separate(
         tuple(table for each in every for table in each.tables),
     )
     return SeparateFacts(files, next(iter(forms)), {}, False, parts)
+
+
+def _site_of(source: str) -> str:
+    """Return the name of a source's site: that of its file without suffix, or of its folder.
+
+    Raises `ConfigError` for one that can be no site's.
+    """
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.is_dir() else path.stem
+    fault = fault_of(name)
+    if fault is not None:
+        raise ConfigError(
+            f"--data {source!r}: its site would be named after it, but {fault}; rename the file or "
+            "folder"
+        )
+    return name
 
 
 def _part(
