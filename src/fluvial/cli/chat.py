@@ -45,7 +45,14 @@ def chat(
     only: Annotated[
         Literal["base", "tuned"] | None, typer.Option(help="Ask one of the two models only.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of an answer at most; unset, those of the run, or 128.",
+            show_default=False,
+        ),
+    ] = None,
     temperature: Annotated[
         float, typer.Option(min=0, max=10, help="0 takes the most likely token every time.")
     ] = 0.0,
@@ -77,7 +84,7 @@ def chat(
 
         chat = Chat(run, only=only, template=template, overrides=overrides)
 
-    sampling = Sampling(max_new_tokens, temperature, seed)
+    sampling = Sampling(max_new_tokens or chat.max_new_tokens, temperature, seed)
     with chat:
         if talks:
             way = "its chat template" if chat.chats else "plain text, which is continued"
@@ -87,6 +94,9 @@ def chat(
                 for speaker in chat.speakers:
                     speaker.forget()
             elif text.strip():
+                if prompt is None and not talks and format != "json":
+                    out.print("[bold]prompt[/]")
+                    out.print(f"{safe_text(text)}\n", markup=False, soft_wrap=True)
                 try:
                     _answer(chat, text, sampling, format)
                 except ConfigError as error:

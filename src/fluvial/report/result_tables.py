@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 from scipy import stats
@@ -257,10 +256,17 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
             lines.append(Text(f"{heading:9}{safe_text(result[key]['sentence'])}"))
 
     for sample in result.get("samples", []):
-        for when, key in (("before", "base"), ("after", "final")):
-            answer = shown_answer(sample[key]).rstrip()
-            shown = Text.assemble((safe_text(sample["prompt"]), "dim"), answer)
-            lines += [Text(f"\nSample {when}", style="bold"), Padding(shown, (0, 0, 0, 2))]
+        shown = [
+            ("Sample", safe_text(sample["prompt"]).rstrip(), "dim"),
+            *(
+                (f"  {when}", shown_answer(sample[key]).strip(), "")
+                for when, key in (("before", "base"), ("after", "final"))
+            ),
+        ]
+        rows = Table.grid(padding=(0, 1))
+        for name, text, style in shown:
+            rows.add_row(Text(name, style="bold"), Text(text, style=style))
+        lines += [Text(), rows]
         if sample_words(sample):
             lines.append(Text(f"\n{sample_words(sample)}", style="yellow"))
 

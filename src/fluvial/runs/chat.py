@@ -93,22 +93,24 @@ class Chat:
         kind = kind_of(name)
 
         if kind == "model":
-            settings = evaluation_settings(run_settings(name, None)[0], None, overrides or [])
+            table, run = run_settings(name, None)
+            settings = evaluation_settings(_for_chat(table, run), None, overrides or [])
             if only is not None:
                 raise ConfigError(f"--only {only}: without effect, because {name} has no base")
             pool = ModelPool(settings.model, None)
             states: dict[str, Named] = {"model": {}}
-            run: dict[str, Any] = {}
         else:
             folder = read_adapter_folder(Path(name).expanduser())
-            settings = evaluation_settings(folder.settings(), None, overrides or [])
+            run = folder.run
+            settings = evaluation_settings(_for_chat(folder.settings(), run), None, overrides or [])
             pool, tuned = open_weights(folder, settings.model)
             states = {"base": pool.base_state(), "tuned": tuned}
-            run = folder.run
 
         written = run.get("data", {}).get("chat_template")
         tokenizer = with_template(pool.tokenizer, written) if written else pool.tokenizer
         pool.check_behaviour()
+        self.max_new_tokens = settings.evaluate.max_new_tokens or Sampling.max_new_tokens
+        """Tokens of an answer at most, as the run that made the weights has it."""
         self.chats = _chats(tokenizer, template, name)
         self.speakers = [
             Speaker(
@@ -129,6 +131,11 @@ class Chat:
     def __exit__(self, *_: object) -> None:
         """Give the models back."""
         self._models.close()
+
+
+def _for_chat(table: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    """Return the tables of an evaluation with the answers as long as those of the run, if known."""
+    return {**table, "evaluate": run.get("evaluate", {})}
 
 
 def _chats(tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> bool:

@@ -112,8 +112,10 @@ def test_a_prompt_that_is_a_record_of_a_site_is_said(origin: str, tmp_path: Path
 def test_an_empty_answer_is_said(tmp_path: Path) -> None:
     sample = {"prompt": "Why?", "prompt_from": "setting", "base": "Because", "final": "\n "}
     run = run_of(tmp_path / "run", samples=[sample])
-    assert "Why?(empty answer)" in text_of(result_tables.closing_words(run["result"], tmp_path))
+    shown = text_of(result_tables.closing_words(run["result"], tmp_path))
+    assert re.search(r"Sample +Why\? *\n +before +Because *\n +after +\(empty answer\)", shown)
     page = page_of(run).decode()
+    assert "<i>Why?</i></pre>" in page
     assert page.count("(empty answer)") == 1
     assert json.dumps(sample["final"]) not in page
 

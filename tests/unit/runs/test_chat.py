@@ -157,10 +157,25 @@ def test_prompts_come_from_an_option_or_from_lines(run: Path, tiny_model: Path) 
     assert lines.exit_code == 0, lines.output
     assert lines.stdout.count("base\n") == lines.stdout.count("tuned\n") == 2
     assert lines.stdout.count(found["tuned"]) == 2
+    assert lines.stdout.startswith(f"prompt\n{TEXT}\n\nbase\n")
 
     one = RUNNER.invoke(app, ["chat", str(tiny_model), "--prompt", TEXT, "--max-new-tokens", "4"])
     assert one.stdout.startswith("model\n")
     assert found["base"] in one.stdout
+
+
+@pytest.mark.parametrize(
+    ("of_run", "overrides", "expected"),
+    [(0, [], 128), (3, [], 3), (3, ["evaluate.max_new_tokens = 5"], 5)],
+)
+def test_answers_are_as_long_as_those_of_the_run(
+    run: Path, tmp_path: Path, of_run: int, overrides: list[str], expected: int
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = {"fluvial": "test", "evaluate": {"max_new_tokens": of_run}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with Chat(str(tmp_path / "run"), overrides=overrides) as chat:
+        assert chat.max_new_tokens == expected
 
 
 def test_an_empty_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
