@@ -68,7 +68,7 @@ def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:
         for token in sequence["tokens"]:
             # Token by token: `safe_text` would count the newlines of several tokens as one run.
             pieces = "⏎\n".join(map(safe_text, token["text"].split("\n")))
-            pieces = f"«{pieces}»" if marks and token["loss"] else pieces
+            pieces = f"«{pieces}»" if marks and token["loss"] and pieces else pieces
             text.append(pieces, style="bold green" if token["loss"] else "dim")
 
         lengths = f"{sequence['length']} tokens, {sequence['label_tokens']} with loss"

@@ -35,6 +35,10 @@ _ENVELOPE = 64
 """Bytes by which rounds may differ through the digits of their numbers."""
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""
+_CUT = "\N{REPLACEMENT CHARACTER}"
+"""Character that a decoder writes for bytes that are not a whole character yet."""
+_MOST_BYTES = 4
+"""Bytes of a character of UTF-8, each of which may be a token."""
 
 
 def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
@@ -186,13 +190,19 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Return the text that each token adds to those before it.
 
     Some decoders drop a space at the start of a text, so a token is decoded with those before it.
+    A character whose bytes are several tokens is the text of the last of them.
     """
     pieces = list[str]()
-    for number, token in enumerate(ids):
-        near = list(ids[max(0, number - _CONTEXT) : number])
+    start = 0
+    for number in range(len(ids)):
+        near = list(ids[max(0, start - _CONTEXT) : start])
+        new = list(ids[start : number + 1])
         before: str = tokenizer.decode(near)
-        text: str = tokenizer.decode([*near, token])
-        pieces.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([token]))
+        text: str = tokenizer.decode([*near, *new])
+        piece = text[len(before) :] if text.startswith(before) else tokenizer.decode(new)
+        whole = not piece.endswith(_CUT) or len(new) == _MOST_BYTES or number + 1 == len(ids)
+        pieces.append(piece if whole else "")
+        start = number + 1 if whole else start
 
     return pieces
 

@@ -566,6 +566,16 @@ def test_a_template_of_a_file_is_carried_by_the_configuration(
     assert "".join(token["text"] for token in tokens if token["loss"]) == WRITTEN_OUT["zephyr"][1]
 
 
+def test_a_character_of_several_tokens_is_shown_whole(tmp_path: Path) -> None:
+    """So that the preview of a file in another encoding tells whether it was read rightly."""
+    text = "Größe für wen? 病房 \N{GRINNING FACE} \N{REPLACEMENT CHARACTER} ok"
+    source = jsonl(tmp_path / "a.jsonl", {"prompt": text, "completion": "für Übung"}, times=4)
+    data = {"source": source, "partition": {"by": "iid", "sites": 1}, "heldout_share": 0.5}
+    config = parse({"model": {"name_or_path": "embedded"}, "data": data}, "test")
+    tokens = preview(config, None, 1)["sequences"][0]["tokens"]
+    assert "".join(token["text"] for token in tokens) == f"<s>{text}für Übung</s>"
+
+
 def test_the_written_tokenizer_has_the_template_of_the_run(
     tmp_path: Path, run_config: dict[str, Any]
 ) -> None:
