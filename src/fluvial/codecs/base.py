@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from annotated_types import Ge
@@ -88,11 +88,12 @@ class RateSettings(CodecSettings):
     rate: float = Field(64, ge=1, le=1e6)
     """Times smaller than fp32: a frame, its header included, has at most 4 * numel / rate bytes."""
 
-    @classmethod
-    def lowest_rate(cls) -> float:
-        """Return the lowest rate that these settings allow."""
-        (bound,) = (each for each in cls.model_fields["rate"].metadata if isinstance(each, Ge))
-        return float(bound.ge)  # type: ignore[arg-type]
+
+def lowest_rate(settings: CodecSettings) -> float:
+    """Return the lowest rate that settings with a rate may have."""
+    limits = type(settings).model_fields["rate"].metadata
+    bounds: list[Any] = [each.ge for each in limits if isinstance(each, Ge)]
+    return max(map(float, bounds), default=1.0)
 
 
 def body_room(layout: Layout, settings: RateSettings, least: int) -> int:
@@ -103,7 +104,7 @@ def body_room(layout: Layout, settings: RateSettings, least: int) -> int:
 
     if frame < need:
         most = math.floor(layout.raw_bytes / need * 1000) / 1000
-        lowest = settings.lowest_rate()
+        lowest = lowest_rate(settings)
         remedy = (
             f"choose at most {most:g}"
             if most >= lowest

@@ -112,7 +112,8 @@ def _by_class(classes: Sequence[str], largest: int | None) -> dict[str, list[int
 def _drawn(
     classes: Sequence[str] | None, count: int, partition: Drawn, seed: int
 ) -> list[list[int]]:
-    """Return the parts that a partitioner of flwr-datasets makes."""
+    """Return the parts that a partitioner of flwr-datasets makes, a package that needs `datasets`
+    and not flwr (docs/decisions/0005-partitioners.md)."""
     import datasets
     from flwr_datasets import partitioner as flower
 

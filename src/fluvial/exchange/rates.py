@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fluvial.codecs import CodecSettings
 from fluvial.codecs.auto import AutoSettings
-from fluvial.codecs.base import SnrDrivenSettings
+from fluvial.codecs.base import SnrDrivenSettings, lowest_rate
 from fluvial.exchange.checks import can_code
 from fluvial.federation.context import Metrics
 from fluvial.wire.tensors import Layout, Named, energy
@@ -119,14 +119,8 @@ class RateControl:
         wanted = bits_of(target, without_bias=without_bias)
         change = (bits_of(error, without_bias=without_bias) / wanted) ** _DAMPING
         rate = self.rate * min(max(change, 1 / MOST_CHANGE), MOST_CHANGE)
-        finest = max(FINEST, _least(self.settings))
+        finest = max(FINEST, lowest_rate(self.settings))
         return float(f"{min(max(rate, finest), self.coarsest):.4g}")
-
-
-def _least(settings: SnrDrivenSettings) -> float:
-    """Return the lowest rate that the settings may have."""
-    limits = type(settings).model_fields["rate"].metadata
-    return max((float(limit.ge) for limit in limits if hasattr(limit, "ge")), default=1.0)
 
 
 def _coarsest(settings: SnrDrivenSettings, layout: Layout) -> float:

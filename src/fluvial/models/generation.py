@@ -47,7 +47,7 @@ def continuations(
     rows = [encoder.prompt(prompt) for prompt in prompts]
     rooms = [room_after(row, max_new_tokens, context) for row in rows]
     short = max_new_tokens <= SHORT
-    stateful = bool(getattr(model, "_is_stateful", False))
+    stateful = model._is_stateful  # of transformers, and public by no other name
     alone = tokenizer.pad_token_id is None or (stateful and not short)
     batches: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number, (row, room) in enumerate(zip(rows, rooms, strict=True)):

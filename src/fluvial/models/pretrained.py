@@ -147,10 +147,9 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     except ConfigError:
         raise
     except Exception as error:
-        reader = getattr(getattr(load, "__self__", None), "__name__", "transformers")
         raise ConfigError(
-            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {reader} says: "
-            f"{first_line(error)}; copy its files again"
+            f"model.name_or_path={wanted.name_or_path!r} cannot be loaded: {first_line(error)}; "
+            "copy its files again"
         ) from error
 
 
