@@ -11,17 +11,16 @@ thread: the fastest of several repetitions, in seconds of the processor, and MB 
 bytes; "in all" is the sum of both times over that in which it carries 16 bits a value.
 """
 
-import argparse
 import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks.activations.hidden import Step, steps
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs.activations import ActivationSettings, build_activation
 from fluvial.codecs.activations.floats import BFloat16RowsSettings, ExactRowsSettings
@@ -172,13 +171,7 @@ def claims(timed: list[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.activations",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="few texts, short repetitions")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = parser_of("activations", __doc__, quick="few texts, short repetitions")
     options = parser.parse_args()
     load = os.getloadavg()
     torch.set_num_threads(1)

@@ -11,7 +11,6 @@ hand, every adapter of the grid runs on the sites' own data at the same budget, 
 choice that knew the result would take.
 """
 
-import argparse
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from benchmarks.cgfedllm.bed import CORPORA, SHARED, Table
 from benchmarks.codecs.bed import traced
 from benchmarks.codecs.cache import SOURCE, Cache
 from benchmarks.codecs.figures import bytes_until, first_round
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row
 from fluvial.data import SiteTexts
 from fluvial.models.pool import ModelPool
@@ -259,15 +259,11 @@ def claims(rows: Sequence[Row], cells: Sequence[str]) -> list[Claim]:
 
 def main() -> None:
     """Run the benchmark and write its report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true")
+    parser = parser_of("budget", __doc__, quick="few cells and short runs: whether it works")
     parser.add_argument("--cell", action="append")
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--full", action="store_true", help="more ranks, targets and trial rounds")
     parser.add_argument("--cache", type=Path)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     started = os.getloadavg()
     bed = QUICK if options.quick else FULL if options.full else Bed()

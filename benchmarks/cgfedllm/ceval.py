@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from benchmarks.cgfedllm.bed import Table
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
@@ -253,21 +254,15 @@ def measure(options: argparse.Namespace, report: Report) -> None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cgfedllm.ceval",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("cgfedllm.ceval", __doc__, quick="an eighth of the questions, two arms")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--model", default="embedded")
-    parser.add_argument("--quick", action="store_true", help="an eighth of the questions, two arms")
     parser.add_argument("--arm", action="append", choices=list(ARMS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=5, help="the paper's 5")
     parser.add_argument("--learning-rate", type=float, default=2e-4, help="the paper's 2e-4")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--scoring", choices=["letter", "text"], default="letter")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     settings = {

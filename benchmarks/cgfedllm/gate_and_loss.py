@@ -10,7 +10,6 @@ name. Byte ratios are to 32-bit values: of a round's uplink, and amortised over 
 set-up.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
 from concurrent.futures import Executor
@@ -32,6 +31,7 @@ from benchmarks.cgfedllm.bed import (
     outcome,
     workers,
 )
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 FULL = Size(rounds=6, steps=4, tgap_rounds=8, heldout=16, iterations=1500, seeds=3)
@@ -305,15 +305,8 @@ def loss_claims(found: Sequence[Row], rows: Sequence[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cgfedllm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="under a minute: standard library, one seed, short runs",
+    parser = parser_of(
+        "cgfedllm", __doc__, quick="under a minute: standard library, one seed, short runs"
     )
     parser.add_argument(
         "--part",
@@ -333,7 +326,6 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="`autoencoder` begins no fit after these"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     size = QUICK if options.quick else FULL

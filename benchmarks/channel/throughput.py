@@ -26,12 +26,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from pathlib import Path
 from statistics import median
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM, ChaCha20Poly1305
 
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.wire.channel import Identity, ServerHandshake, Session, SiteHandshake, Terms
 
@@ -201,13 +201,7 @@ def measured(memory: str, seconds: float) -> list[Row]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.channel",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="short repetitions")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = parser_of("channel", __doc__, quick="short repetitions")
     parser.add_argument("--measure", type=float, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure is not None:

@@ -13,7 +13,6 @@ With one seed and one learning rate a run ends at the target. `--look` leaves th
 every other scheme has the first of its adapters, once the steps, and no other learning rate.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from benchmarks.codecs.bed import Found, Job, settings
 from benchmarks.codecs.bytes_to_target import FULL, QUICK, run_all, target_row
 from benchmarks.codecs.contenders import CELLS, CONTENDERS, Bed, Contender
 from benchmarks.codecs.figures import bytes_until, first_round
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 ADAPTERS: dict[str, Table] = {
@@ -245,12 +245,7 @@ COLUMNS = {
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codecs adapters",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="standard library, two schemes")
+    parser = parser_of("codecs adapters", __doc__, quick="standard library, two schemes")
     parser.add_argument("--cell", action="append", choices=CELLS)
     parser.add_argument(
         "--contender", action="append", default=[], help="only schemes with this text in their name"
@@ -260,7 +255,6 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after it")
     parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to")
     parser.add_argument("--processes", type=int, help="default: as many as cores")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     bed = (

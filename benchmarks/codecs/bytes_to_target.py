@@ -39,6 +39,7 @@ from benchmarks.codecs.contenders import (
 )
 from benchmarks.codecs.figures import average, bytes_until, first_round, half_width
 from benchmarks.codecs.target_claims import _reached, claims
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 FULL = Bed(
@@ -239,15 +240,10 @@ COLUMNS = {
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codecs bytes_to_target",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="standard library, few contenders and rounds: whether it works",
+    parser = parser_of(
+        "codecs bytes_to_target",
+        __doc__,
+        quick="standard library, few contenders and rounds: whether it works",
     )
     parser.add_argument(
         "--cell",
@@ -272,7 +268,6 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--part", choices=["main", "free"], default="main")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     deadline = time.time() + 60 * options.minutes

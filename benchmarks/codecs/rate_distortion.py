@@ -11,13 +11,11 @@ may exceed it. Intervals are 95 % over seeds, of the data's split and order, of 
 and of the codec's draws.
 """
 
-import argparse
 import itertools
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -33,6 +31,7 @@ from benchmarks.cgfedllm.bed import (
 )
 from benchmarks.codecs.contenders import CELLS
 from benchmarks.codecs.figures import half_width
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
@@ -276,20 +275,14 @@ COLUMNS = {
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codecs rate_distortion",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="standard library, one seed, few updates, no cnn"
+    parser = parser_of(
+        "codecs rate_distortion", __doc__, quick="standard library, one seed, few updates, no cnn"
     )
     parser.add_argument(
         "--cell", action="append", choices=CELLS, help="default: all that are present"
     )
     parser.add_argument("--seeds", type=int, help="default 3 (quick: 1)")
     parser.add_argument("--processes", type=int, help="default: as many as cores")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     size = QUICK if options.quick else FULL

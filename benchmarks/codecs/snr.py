@@ -8,7 +8,6 @@ those that sites send up in all rounds. At the bytes of a driven run, the loss o
 interpolated between the two nearest of them, in the logarithm of the bytes, seed by seed.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -22,6 +21,7 @@ from benchmarks.codecs.bytes_to_target import FULL, QUICK
 from benchmarks.codecs.cache import Cache
 from benchmarks.codecs.contenders import CELLS, Bed, Contender, resolve
 from benchmarks.codecs.figures import half_width
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 CODECS = ("trellis", "hadamard")
@@ -125,13 +125,11 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 def main() -> None:
     """Run the benchmark from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a run of minutes that shows nothing")
+    parser = parser_of("codecs snr", __doc__, quick="a run of minutes that shows nothing")
     parser.add_argument("--cell", choices=CELLS, default="stdlib")
     parser.add_argument("--codec", action="append", choices=CODECS, help="default: each of them")
     parser.add_argument("--learning-rate", type=float, default=4e-3, help="of every run")
     parser.add_argument("--cache", type=Path, help="JSON lines: runs to take, and to add to")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     bed = QUICK if options.quick else FULL

@@ -9,7 +9,6 @@ something to save. Each figure is the fastest of several repetitions, in process
 columns set a codec against a copy of the same bytes in memory, and its memory against the update.
 """
 
-import argparse
 import ctypes
 import gc
 import os
@@ -23,6 +22,7 @@ from statistics import mean
 import torch
 
 from benchmarks.cgfedllm.bed import Table, fitted
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.codecs import CODECS
 from fluvial.codecs.base import Codec
@@ -295,17 +295,9 @@ def claims_of(name: str, rows: list[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.codecs speed",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="the two small layouts, short repetitions"
-    )
+    parser = parser_of("codecs speed", __doc__, quick="the two small layouts, short repetitions")
     parser.add_argument("--layout", action="append", choices=list(LAYOUTS), help="default: all")
     parser.add_argument("--codec", action="append", help="default: all")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     torch.set_num_threads(1)

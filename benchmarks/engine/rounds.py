@@ -40,7 +40,6 @@ NVFlare takes its place if `--nvflare-python` has it (`pip install nvflare==2.9.
 of its own).
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -54,6 +53,7 @@ from benchmarks.engine import line, link, size
 from benchmarks.engine.cells import FLEETS, NAMES, Cell
 from benchmarks.engine.fleets import measure
 from benchmarks.engine.line import Setting
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 ROUNDS = 4
@@ -267,13 +267,8 @@ def link_claims(rows: list[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.engine",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("engine", __doc__, quick="2 sites, 0.1 MB, 2 rounds, one line")
     parser.add_argument("--part", choices=("rounds", "link", "size"), help="one part only")
-    parser.add_argument("--quick", action="store_true", help="2 sites, 0.1 MB, 2 rounds, one line")
     parser.add_argument("--fleet", nargs="+", choices=FLEETS, default=list(FLEETS))
     parser.add_argument(
         "--payload", nargs="+", type=float, metavar="MB", help="payloads of part rounds"
@@ -287,7 +282,6 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=40.0, help="begin nothing after so many minutes"
     )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     signal.signal(
         signal.SIGTERM, signal.default_int_handler

@@ -56,6 +56,7 @@ from benchmarks.fedcybgd.jobs import bed_of, run_all
 from benchmarks.fedcybgd.memory import memory_part
 from benchmarks.fedcybgd.paper import paper_part
 from benchmarks.fedcybgd.pictures import draw
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 PARTS = ("losses", "download", "memory", "compute", "paper")
@@ -305,15 +306,8 @@ def _among_themselves(cell: str, here: dict[str, Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fedcybgd",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("fedcybgd", __doc__, quick="few contenders and steps: whether it works")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
-    parser.add_argument(
-        "--quick", action="store_true", help="few contenders and steps: whether it works"
-    )
     parser.add_argument(
         "--cell",
         action="append",
@@ -335,7 +329,6 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of part compute")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--pictures", type=Path, help="folder of the pictures of part paper")
     options = parser.parse_args()
     load = os.getloadavg()

@@ -10,7 +10,6 @@ earlier report are taken from `--known`, where their settings are the same; each
 the package (`source`) that made it.
 """
 
-import argparse
 import json
 import os
 from pathlib import Path
@@ -19,6 +18,7 @@ from benchmarks.codecs.cache import Cache
 from benchmarks.fedpipe import enforced, losses, predictions, value
 from benchmarks.fedpipe.bed import TASKS, Bed
 from benchmarks.fedpipe.contenders import CONTENDERS, FEDPIPE, UNIFORM
+from benchmarks.options import parser_of
 from benchmarks.report import Report
 
 PARTS = ("losses", "value", "predictions", "enforced")
@@ -29,11 +29,7 @@ QUICK = [UNIFORM, FEDPIPE]
 def main() -> None:
     """See the module."""
     names = sorted(path.stem for path in TASKS.glob("*.toml"))
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fedpipe",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("fedpipe", __doc__, quick="two contenders and rounds, one seed")
     parser.add_argument("--part", choices=PARTS, help="one part; all by default")
     parser.add_argument("--tasks", nargs="+", choices=names, default=["embedded"])
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS))
@@ -43,8 +39,6 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=600.0, help="time for new runs; 0 reports old ones"
     )
-    parser.add_argument("--quick", action="store_true", help="two contenders and rounds, one seed")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     seeds = 1 if options.quick else options.seeds

@@ -7,7 +7,6 @@ adapter at full rank, so that the choice matters. Each seed draws the initial ad
 the data and the random ranks.
 """
 
-import argparse
 import os
 import tempfile
 import tomllib
@@ -16,6 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.methods.fedpipe.importance import overlap
 from fluvial.runs.config import parse
@@ -132,15 +132,9 @@ def _overlap(scores: list[dict[str, float]]) -> float | None:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.fedpipe.selection",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="one round, one seed")
+    parser = parser_of("fedpipe.selection", __doc__, quick="one round, one seed")
     parser.add_argument("--rounds", type=int, default=5, help="rounds of each run")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each choice")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     rounds, seeds = (1, 1) if options.quick else (options.rounds, options.seeds)

@@ -8,7 +8,6 @@ which sets data.max_length, train.max_steps and train.per_device_train_batch_siz
 the data of configs/stdlib.toml.
 """
 
-import argparse
 import os
 import tempfile
 import tomllib
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.flglm import codecs, memory, modes, pipeline, thousand
 from benchmarks.flglm.bed import quickstart, standard_library
+from benchmarks.options import parser_of
 from benchmarks.report import Report
 
 PARTS = ("modes", "codecs", "pipeline", "thousand", "memory")
@@ -23,11 +23,7 @@ PARTS = ("modes", "codecs", "pipeline", "thousand", "memory")
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.flglm",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("flglm", __doc__, quick="few steps, one repetition")
     parser.add_argument("--part", choices=PARTS, help="one part; all by default")
     parser.add_argument("--config", type=Path, help="configuration of the codecs' runs")
     parser.add_argument(
@@ -42,8 +38,6 @@ def main() -> None:
         metavar="FIELD",
         help="measure the right answer among those of held-out records with the same FIELD",
     )
-    parser.add_argument("--quick", action="store_true", help="few steps, one repetition")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     repeats, steps, rounds, seeds = (1, 4, 2, 1) if options.quick else (5, 16, 6, 3)

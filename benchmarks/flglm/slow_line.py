@@ -8,7 +8,6 @@ the live stream both cross it. The time of the work itself is that of the same r
 process, on the same machine and in the same run of this benchmark.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -19,6 +18,7 @@ from typing import Any
 from benchmarks.engine.fleets import environment_of
 from benchmarks.engine.line import SERVER, Lines, Setting, inside, possible
 from benchmarks.engine.link import line_of
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
@@ -161,13 +161,7 @@ def _row(lab: flower_lab.Deployment, name: str, run: dict[str, Any], folder: Pat
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.flglm.slow_line",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="one case, few steps")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = parser_of("flglm.slow_line", __doc__, quick="one case, few steps")
     options = parser.parse_args()
     load = os.getloadavg()
     steps, rounds = (2, 2) if options.quick else (8, 3)

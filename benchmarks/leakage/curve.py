@@ -13,10 +13,8 @@ with the site's own text as labels, q = 1; at p = 3 the embedded model leaves no
 so that only hidden states are attacked.
 """
 
-import argparse
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -32,6 +30,7 @@ from benchmarks.leakage.bed import (
     tokenizer,
 )
 from benchmarks.leakage.site import Pair, tuned
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.methods.flglm.leakage.attacks import attacks, on_gradients
 from fluvial.methods.flglm.leakage.gradients import GradientMatching
@@ -192,14 +191,8 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.leakage",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="a minute: p = 1, two texts")
+    parser = parser_of("leakage", __doc__, quick="a minute: p = 1, two texts")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: all")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     torch.set_num_threads(1)

@@ -7,16 +7,15 @@ Every row is a fresh process, so a peak of memory is that row's own. Flower take
 environment of its own is best, since flwr pins much).
 """
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from benchmarks.child import answer_of
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 
 VALUES = 32_768
@@ -194,15 +193,9 @@ def claims(rows: list[Row], begins_s: float, sizes: tuple[int, ...]) -> list[Cla
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.overhead",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = parser_of(
+        "overhead", __doc__, quick="under a minute: up to 100 sites, Flower with 10 only"
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="under a minute: up to 100 sites, Flower with 10 only"
-    )
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument(
         "--flower-python", default=sys.executable, help="a Python that has flwr[simulation]"
     )

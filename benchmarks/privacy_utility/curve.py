@@ -8,7 +8,6 @@ leakage meter. Noise is in units of the clip C, which is the median norm of a hi
 text, or half of it. "in use too" means noise in inference, so that the model is measured under it.
 """
 
-import argparse
 import os
 import tempfile
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 
 from benchmarks.leakage.bed import median_norm, public
 from benchmarks.leakage.curve import FULL as LEAKAGE
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.methods.flglm.leakage.meter import GRADIENTS
 from fluvial.methods.flglm.leakage.noise import NoiseConfig, spent
@@ -180,13 +180,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.privacy_utility",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--quick", action="store_true", help="a minute: two cases, one round")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser = parser_of("privacy_utility", __doc__, quick="a minute: two cases, one round")
     options = parser.parse_args()
     load = os.getloadavg()
     torch.set_num_threads(1)

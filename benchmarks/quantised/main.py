@@ -7,7 +7,6 @@ its own. Merging trains the embedded model on its own text over each base, and m
 loss with the adapter beside the base, merged into float weights, and merged and quantised again.
 """
 
-import argparse
 import os
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.child import answer_of
+from benchmarks.options import parser_of
 from benchmarks.quantised.merging import merging
 from benchmarks.report import Claim, Report, Row, show
 
@@ -145,14 +145,8 @@ PARTS = {"costs": costs, "merging": merging}
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.quantised",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("quantised", __doc__, quick="a small model, few steps: seconds")
     parser.add_argument("--part", choices=PARTS, required=True, help="what to measure")
-    parser.add_argument("--quick", action="store_true", help="a small model, few steps: seconds")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args()
     load = os.getloadavg()
     report = Report(

@@ -10,7 +10,6 @@ The rounds of the kinds alternate, so that all of them meet the same machine; a 
 is the median over the rounds. `MB/s` counts both directions.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 from fluvial.federation.transport import Arrival
 from fluvial.flower import certificates
@@ -174,11 +174,7 @@ def rows_of(bench: Bench, name: str, rounds: int, seconds: float) -> list[Row]:
 
 def main() -> None:
     """See the module."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser = parser_of("stream", __doc__, quick="fewer and shorter rounds")
     arguments = parser.parse_args()
     started = os.getloadavg()
     rounds = 2 if arguments.quick else 7
