@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,7 +210,7 @@ def evaluate(site: Site, message: Payload) -> Payload:
     elif which == "own":
         adapter = site.recall("adapter").tensors or initial_state(site.layout, site.seed)
     elif which == "base":
-        adapter = base_state(site.layout)
+        return _measure_base(site, new_tokens)
     else:
         raise WireError(f"evaluate: which={which!r:.40}, expected 'sent', 'own' or 'base'")
 
@@ -230,6 +231,21 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
     scores = AnswerSums.over(answers, data.questions)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
     return measures(sums, replace(scores, too_long=too_long))
+
+
+def _measure_base(site: Site, new_tokens: int) -> Payload:
+    """Return the reply of a task `evaluate` with the measures of the base, which runs that share
+    its pool compute once for the same records: a method and its baselines."""
+    data = site.load()
+    records = sha256(repr((new_tokens, site.assignment, data.questions)).encode())
+    for example in data.heldout:
+        records.update(repr((*example.input_ids, *example.labels, example.lengths)).encode())
+
+    known = site.pool.measures_of_base
+    key = records.digest()
+    if key not in known:
+        known[key] = measure_heldout(site, base_state(site.layout), new_tokens).values
+    return Payload(values=dict(known[key]))
 
 
 def measures(sums: Heldout, scores: AnswerSums | None = None) -> Payload:

@@ -45,6 +45,7 @@ from fluvial.models.tuning import (
 )
 from fluvial.models.weight_sources import Source
 from fluvial.models.weights import check_weights
+from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, Named, factor
 
 MOST_TEMPLATES = 8
@@ -89,6 +90,8 @@ class ModelPool:
         self._bases: dict[tuple[Precision, Quantisation], Base] = {}
         self._templates: OrderedDict[_Key, _Template] = OrderedDict()
         self._parts: dict[tuple[Cut, bool], PartPool] = {}
+        self.measures_of_base: dict[bytes, dict[str, Value]] = {}
+        """Held-out measures of the base, by a digest of the records."""
 
     def beside(self, tuning: Tuning) -> "ModelPool":
         """Return a pool of another adapter, which shares the bases that are loaded or will be."""

@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from fluvial import cli
 from fluvial.errors import CheckpointError, ClientError, ConfigError, DivergenceError, FluvialError
+from fluvial.federation import sites
 from fluvial.models.pool import ModelPool
+from fluvial.models.states import base_state
 from fluvial.report.round_lines import round_line, setup_lines
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
@@ -25,8 +27,26 @@ from fluvial.runs.plan import plan
 from fluvial.runs.run import execute
 from fluvial.wire.frame import OVERHEAD
 from fluvial.wire.payload import Payload
+from fluvial.wire.tensors import Layout, Named
 from tests.conftest import saved_model
 from tests.support.runs import adapter_of, run_table
+
+
+def test_the_base_is_measured_once_for_a_method_and_its_baselines(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its three sites, and all their records together, which "central" has."""
+    measured = list[int]()
+
+    def counted(layout: Layout) -> Named:
+        measured.append(layout.numel)
+        return base_state(layout)
+
+    monkeypatch.setattr(sites, "base_state", counted)
+    result = run_table(run_config | {"compare": ["local", "central"]}, tmp_path / "run")
+    assert len(measured) == 3 + 1
+    alone = run_table(run_config, tmp_path / "alone")
+    assert result["heldout"]["base"] == alone["heldout"]["base"]
 
 
 def test_the_folder_holds_everything(run_config: dict[str, Any], tmp_path: Path) -> None:
