@@ -102,6 +102,11 @@ class Uplink:
         self.errors: list[float] = []
         """Relative squared errors of this round, as the sites report them (see `reports_error`)."""
 
+    def _code_by(self, settings: CodecSettings) -> None:
+        """Take other settings, and the rate control that they ask for."""
+        self.settings = settings
+        self.control = RateControl.of(settings, self.layout)
+
     # -- before the first round --------------------------------------------------------------------
 
     def setup(self, fleet: Fleet) -> Metrics:
@@ -117,7 +122,7 @@ class Uplink:
         if isinstance(self.settings, AutoSettings):
             chosen = fitting.choose_codec(self.settings, updates, self.layout, self._use)
             self.codec = chosen.codec
-            self.settings = chosen.codec.settings
+            self._code_by(chosen.codec.settings)
             self.watch = chosen.watch
             report = chosen.report
             metrics["choice"] = chosen.values
@@ -125,7 +130,6 @@ class Uplink:
             self.codec = updates.fit(self.settings)
             report = updates.measure(self.codec)
 
-        self.control = RateControl.of(self.settings, self.layout)
         metrics["snapshots"] = updates.count + report.snapshots
         metrics["loss_curve"] = [list(point) for point in self.codec.loss_curve]
         fitting.judge(self.settings, report, self.on_refusal)
@@ -243,14 +247,13 @@ class Uplink:
             assert isinstance(self.context.codec, AutoSettings), "only auto watches"
             settings = candidates(self.context.codec, self.layout, self._use)
             plain = next(one for one in settings if not CODECS[str(one["name"])].learned)
-            self.settings = read_settings(plain)
-            name = self.settings.name
+            self._code_by(read_settings(plain))
             why = (
                 f"for {PATIENCE} rounds its error ({error:.3f}) was above the "
-                f"{watch.expected:.3f} of {name}"
+                f"{watch.expected:.3f} of {self.settings.name}"
             )
         else:
-            self.settings = Int8Settings(error_feedback=True)
+            self._code_by(Int8Settings(error_feedback=True))
             why = f"for {PATIENCE} rounds its error ({error:.3f}) was at the bound"
             logger.warning(
                 "round %d: the codec no longer carries updates; falling back to int8", round
@@ -259,7 +262,6 @@ class Uplink:
         self.codec = build(self.settings, self.layout)
         self.versions.current += 1
         self.watch = Watch(watch.expected, learned=False)
-        self.control = RateControl.of(self.settings, self.layout)
         logger.info("auto, round %d: %s instead of %s: %s", round, self.settings.name, was, why)
         return {"choice": f"{self.settings.name} instead of {was}: {why}"}
 
@@ -288,15 +290,13 @@ class Uplink:
         """Become the uplink whose `state` this was."""
         halves = split(state, ("codec", "seen", "policy"))
         policy = halves["policy"]
-        self.settings = read_settings(policy.value("settings", dict))
+        self._code_by(read_settings(policy.value("settings", dict)))
+        if self.control is not None:
+            self.control.rate = policy.value("rate", float)
         self.versions.current = policy.value("version", int)
         self.versions.held = policy.value("installed", dict)
         watch = policy.values["watch"]
         self.watch = Watch(**watch) if isinstance(watch, dict) else None  # type: ignore[arg-type]
-
-        self.control = RateControl.of(self.settings, self.layout)
-        if self.control is not None:
-            self.control.rate = policy.value("rate", float)
 
         adapters = halves["seen"].tensors
         self.refits.seen = [
