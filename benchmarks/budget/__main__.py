@@ -30,6 +30,7 @@ from fluvial.data import SiteTexts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Costs, adapters, with_choice
 from fluvial.runs.budget.choice import choose
+from fluvial.runs.budget.pairs import pairs
 from fluvial.runs.budget.settled import Open, settle
 from fluvial.runs.config import RunConfig, parse
 
@@ -143,10 +144,11 @@ def by_hand(config: RunConfig) -> list[RunConfig]:
     pool = ModelPool(config.model, config.adapter)
     texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
     costs = Costs(config, config.budget, texts)
+    tried = pairs(config.budget, Open.of(config))
     found = []
     for adapter in adapters(config.budget, Open.of(config)):
-        own = pool.beside(with_choice(config, adapter, None).adapter)
-        first = next(costs.candidates(adapter, own, config.budget.codecs), None)
+        own = pool.beside(with_choice(config, adapter).adapter)
+        first = costs.first(adapter, own, tried)
         if first is not None:
             found.append(first.config)
 

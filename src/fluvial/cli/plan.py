@@ -9,7 +9,7 @@ def plan(config: ConfigPath, overrides: Overrides = None, format: Format = "tabl
     and codec suit the sites.
 
     The sites measure themselves and probe the weights in this process; no round is run. With a
-    table `budget`, show the adapter, local steps and codec that a run would choose, and the trials.
+    table `budget`, show the adapter, steps and codecs that a run would choose, and the trials.
     """
     settings = load_config(config, overrides)
     if settings.budget is not None:

@@ -1,5 +1,7 @@
 """Forecast of the length of a frame, before anything is trained, for a model of any size."""
 
+from functools import lru_cache
+
 import torch
 
 from fluvial.codecs import CODECS, CodecSettings, build
@@ -62,6 +64,7 @@ def _shorter(shape: tuple[int, ...], share: float) -> tuple[int, ...]:
     return tuple(sides)
 
 
+@lru_cache(256)
 def _measured(settings: CodecSettings, layout: Layout, *, even: bool = False) -> int:
     """Return the bytes of a random update; with `even` all tensors have the same RMS, as large ones
     would."""

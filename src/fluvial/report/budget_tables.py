@@ -14,6 +14,7 @@ from fluvial.storage.run_files import JsonObject
 HEADINGS = [
     "adapter on",
     "codec",
+    "downlink",
     "rank",
     "steps",
     "rate",
@@ -38,9 +39,11 @@ def budget_lines(setup: JsonObject) -> list[str]:
     return [
         f"budget: {escape(safe_text(choice['why']))}",
         *(
-            f"  loss {row[-1]} after {row[-2]} rounds: rank {row[2]} on {escape(row[0])}, {row[3]} "
-            f"steps, {escape(row[1])} {row[4]}, {row[6]} up and {row[7]} down in the run"
-            for row in rows
+            f"  loss {row['loss']} after {row['rounds']} rounds: rank {row['rank']} on "
+            f"{escape(row['adapter on'])}, {row['steps']} steps, {escape(row['codec'])} "
+            f"{row['rate']}, downlink {escape(row['downlink'])}, {row['up']} up and {row['down']} "
+            "down in the run"
+            for row in (dict(zip(HEADINGS, cells, strict=True)) for cells in rows)
         ),
     ]
 
@@ -69,7 +72,7 @@ def budget_trials(setup: JsonObject) -> Excerpt | None:
         "Trials within the budget",
         HEADINGS,
         _rows(choice),
-        left=2,
+        left=3,
         words=f"{safe_text(choice['why'])}. Bytes and time are those of a site in the whole run. "
         f"Losses are of text that was held out from {choice['sites']} simulated sites, by rounds; "
         "a trial of fewer rounds was ended because others were better.",
@@ -86,6 +89,7 @@ def _rows(choice: JsonObject) -> list[list[str]]:
         [
             safe_text(trial["target_modules"]) + (" (chosen)" if trial["chosen"] else ""),
             safe_text(trial["codec"]),
+            _downlink(trial),
             str(trial["r"]),
             "-" if trial["max_steps"] is None else str(trial["max_steps"]),
             f"1/{trial['rate']:.3g}",
@@ -100,6 +104,12 @@ def _rows(choice: JsonObject) -> list[list[str]]:
     ]
 
 
+def _downlink(trial: JsonObject) -> str:
+    """Return the codec of a trial's downlink, with its rate if it codes."""
+    name = safe_text(trial["downlink"])
+    return name if name == "exact" else f"{name} 1/{trial['down_rate']:.3g}"
+
+
 def _settings(chosen: JsonObject) -> list[str]:
     """Return the chosen settings as lines of TOML."""
     tables = {"target_modules": "lora", "r": "lora", "max_steps": "train"}
@@ -108,8 +118,11 @@ def _settings(chosen: JsonObject) -> list[str]:
         for name, value in chosen.items()
         if name in tables and value is not None
     ]
-    codec = chosen.get("codec", {})
-    return lines + [f"codec.{name} = {_toml(value)}" for name, value in codec.items()]
+    return lines + [
+        f"{table}.{name} = {_toml(value)}"
+        for table in ("codec", "downlink")
+        for name, value in (chosen.get(table) or {}).items()
+    ]
 
 
 def _toml(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from fluvial.errors import CheckpointError, ConfigError
 from fluvial.federation.line import Line, round_s
 from fluvial.models.pool import ModelPool
 from fluvial.report.page import write_page
-from fluvial.runs.budget.candidates import Adapter, Costs
+from fluvial.runs.budget import candidates
+from fluvial.runs.budget.candidates import Adapter, Candidate, Costs
+from fluvial.runs.budget.pairs import Pair, pairs
 from fluvial.runs.budget.settled import Open, settle
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import texts_of
@@ -98,7 +101,7 @@ def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
     costs = Costs(config, config.budget, texts, clock=lambda: 0.01 * next(ticks))
     adapter = Adapter("default", 2, None)
     (found,) = costs.candidates(
-        adapter, pool.beside(config.lora.model_copy(update={"r": 2})), ["trellis"]
+        adapter, pool.beside(config.lora.model_copy(update={"r": 2})), [Pair("trellis", "exact")]
     )
     assert found.train_s is not None
     assert found.run_s is not None
@@ -117,11 +120,91 @@ def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
     assert found.run_s <= 40.0
 
 
+LINE = {"up_mbit_s": 0.02, "down_mbit_s": 0.02, "rtt_ms": 10.0}
+
+
+@pytest.fixture
+def timed(table: Table, monkeypatch: pytest.MonkeyPatch) -> Table:
+    """The run behind a slow line, with steps and codecs that take no time, and one adapter."""
+    monkeypatch.setattr(candidates, "time_steps", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(candidates, "coding_s", lambda *_: 0.0)
+    lora = table["lora"] | {"r": 16, "target_modules": "all-linear"}
+    return table | {"lora": lora, "fleet": {"line": LINE}}
+
+
+def costs_of(table: Table, **budget: Any) -> Costs:
+    config = parse(table | {"budget": {"run_s": 1e6, **budget}}, "test")
+    assert config.budget is not None
+    return Costs(config, config.budget, texts_of(config, ModelPool(config.model, config.adapter)))
+
+
+def within(costs: Costs, run_s: float) -> Candidate | None:
+    """The first candidate within so many seconds."""
+    budget = costs.budget.model_copy(update={"run_s": run_s})
+    pool = ModelPool(costs.config.model, costs.config.adapter)
+    tried = pairs(budget, Open.of(costs.config))
+    return replace(costs, budget=budget).first(Adapter(None, None, None), pool, tried)
+
+
+def test_the_less_time_the_coarser_both_ways(timed: Table) -> None:
+    """Neither way stays exact while the other is coarse."""
+    costs = costs_of(timed)
+    found = []
+    run_s = 1e6
+    while (candidate := within(costs, run_s)) is not None:
+        assert candidate.run_s is not None
+        assert candidate.run_s <= run_s
+        found.append(candidate)
+        run_s = 0.97 * candidate.run_s
+
+    names = [(each.pair.up, each.pair.down) for each in found]
+    assert names[:3] == [("int8", "exact"), ("int8", "int8"), ("int4", "int8")]
+    assert names[-1] == ("trellis", "trellis")
+    coarser = [each.bits[0] for each in found]
+    assert coarser == sorted(coarser, reverse=True)
+
+
+def test_a_slow_line_has_a_coded_downlink(timed: Table, tmp_path: Path) -> None:
+    exact = within(costs_of(timed, downlinks=["exact"], codecs=["int8"]), 1e6)
+    assert exact is not None
+    assert exact.run_s is not None
+    budget = {"run_s": exact.run_s - 0.1, "trial_rounds": 2, "trial_sites": 2}
+    table = timed | {"budget": budget}
+    straight = run_table(table, tmp_path / "run")
+    choice = straight["setup"]["budget"]
+    assert choice["run_s"] <= budget["run_s"]
+    chosen = choice["chosen"]["downlink"]
+    assert "error_feedback" not in chosen
+    assert read_run(tmp_path / "run")["config"]["downlink"]["name"] == chosen["name"]
+    rows = read_run(tmp_path / "run")["metrics"]
+    received = [sum(row["bytes"][site]["down train"] for row in rows) for site in rows[0]["bytes"]]
+    assert max(received) <= choice["down_bytes"] < exact.down_bytes
+    assert f", downlink {chosen['name']} at 1/" in choice["why"]
+    tried = [(row["codec"], row["downlink"]) for row in choice["trials"]]
+    assert 1 < len(tried) <= 1 + 3 + 3
+    assert len(set(tried)) == len(tried)
+    assert not any(down == "exact" and up == "int8" for up, down in tried)
+
+    stopped = run_with_stops(table, tmp_path / "stopped", [2, 99])
+    assert stopped["adapter_sha256"] == straight["adapter_sha256"]
+    file = tmp_path / "config.toml"
+    file.write_text(toml_of(table))
+    shown = CliRunner().invoke(app, ["plan", str(file)])
+    assert f'downlink.name = "{chosen["name"]}"' in shown.output
+
+
+def test_only_a_limit_of_time_opens_the_downlink(timed: Table) -> None:
+    assert not Open.of(parse(timed | {"budget": {"up_bytes": 3000}}, "test")).downlink
+    limited = timed | {"budget": {"run_s": 99.0}}
+    assert Open.of(parse(limited, "test")).downlink
+    assert not Open.of(parse(limited | {"downlink": {"name": "int8"}}, "test")).downlink
+
+
 def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
-    assert Open.of(parse(table, "test")) == Open(True, True, False, True)
+    assert Open.of(parse(table, "test")) == Open(True, True, False, True, False)
     fixed = table | {"lora": table["lora"] | {"r": 2}, "codec": {"name": "int8"}}
     assert Open.of(parse(fixed | {"budget": {"up_bytes": 3000}}, "test")) == Open(
-        True, False, False, False
+        True, False, False, False, False
     )
 
 
@@ -130,6 +213,7 @@ def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
     [
         ({"budget": {}}, "a budget needs one of the two"),
         ({"budget": {"run_s": 10.0}}, "budget.run_s: no line is known"),
+        ({"budget": BUDGET | {"downlinks": ["int8"]}}, "downlinks: without effect"),
         ({"codec": {"name": "auto"}}, "the budget chooses the codec"),
         ({"codec": {"name": "klt"}}, "'klt' is learned"),
         ({"codec": {"name": "trellis", "snr_db": 8.0}}, "the rate follows the noise"),

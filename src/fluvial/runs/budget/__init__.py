@@ -1,2 +1,2 @@
-"""Choice of adapter, local steps and codec for a budget of bytes or time, by trials on public
+"""Choice of adapter, local steps and codecs for a budget of bytes or time, by trials on public
 text."""

@@ -2,29 +2,25 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from fluvial.codecs import CodecSettings, build, read_settings
+from fluvial.codecs import CodecSettings, build
 from fluvial.codecs.coding_time import coding_s
+from fluvial.codecs.forecast import frame_size
 from fluvial.errors import ConfigError
 from fluvial.federation.line import round_s
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.pairs import COARSEST, FINEST, Pair
 from fluvial.runs.budget.settled import Open
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import check_settings
 from fluvial.runs.step_time import Clock, time_steps
 from fluvial.wire.tensors import Layout
 
-FINEST = 8.0
-"""Least rate of a codec with a rate: above it, `int4` and `int8` need no more bytes."""
-COARSEST = 1024.0
-"""Largest rate of a codec with a rate."""
-UNRATED = ("int8", "int4")
-"""Codecs without a rate."""
 TRIES = 8
 """Rates that are tried at most, until the predicted bytes fit."""
 LATER = 2
@@ -45,6 +41,7 @@ class Candidate:
     """Everything that is chosen, and what a run with it costs."""
 
     adapter: Adapter
+    pair: Pair
     config: RunConfig
     """The run's configuration with this choice."""
     layout: Layout
@@ -66,6 +63,12 @@ class Candidate:
         first, later = self.downs
         return first + (self.config.rounds - 1) * later
 
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Return the bits of a value in a round, first of the way that has fewer."""
+        low, high = sorted((self.frame_bytes, self.downs[1]))
+        return 8 * low / self.layout.numel, 8 * high / self.layout.numel
+
 
 def adapters(budget: BudgetConfig, free: Open) -> list[Adapter]:
     """Return all adapters with all numbers of steps, in the order of the settings."""
@@ -75,8 +78,13 @@ def adapters(budget: BudgetConfig, free: Open) -> list[Adapter]:
     return [Adapter(t, r, s) for t in targets for r in ranks for s in steps]
 
 
-def with_choice(config: RunConfig, adapter: Adapter, codec: CodecSettings | None) -> RunConfig:
-    """Return `config` with an adapter, its steps and a codec in the place of what is open.
+def with_choice(
+    config: RunConfig,
+    adapter: Adapter,
+    codec: CodecSettings | None = None,
+    downlink: CodecSettings | None = None,
+) -> RunConfig:
+    """Return `config` with an adapter, its steps and codecs in the place of what is open.
 
     Raises `ConfigError` where they do not go with the rest.
     """
@@ -90,6 +98,8 @@ def with_choice(config: RunConfig, adapter: Adapter, codec: CodecSettings | None
         table.setdefault("train", {})["max_steps"] = adapter.max_steps
     if codec is not None:
         table["codec"] = codec.model_dump(exclude_unset=True)
+    if downlink is not None:
+        table["downlink"] = downlink.model_dump(exclude_unset=True)
     if not lora:
         del table["lora"]
 
@@ -111,38 +121,50 @@ class Costs:
     budget: BudgetConfig
     texts: Texts
     clock: Clock = time.perf_counter
+    _timed: dict[tuple[Any, ...], tuple[float, float]] = field(default_factory=dict)
+    """Seconds of a step and of a call beside it, or of a codec, by what was timed."""
 
     def candidates(
-        self, adapter: Adapter, pool: ModelPool, codecs: Sequence[str | None]
+        self, adapter: Adapter, pool: ModelPool, tried: Iterable[Pair]
     ) -> Iterator[Candidate]:
-        """Yield the candidates of an adapter within the budget, one for each of `codecs`; None is
-        the configuration's own. A codec with a rate has the lowest that fits.
+        """Yield the candidates of an adapter within the budget, one for each pair of codecs that is
+        `tried`. Codecs with a rate have the lowest that fits.
 
         Raises `ConfigError` where the adapter does not go with the rest of the configuration.
         """
-        for codec in codecs:
-            candidate = self._within(adapter, pool, codec)
+        for pair in tried:
+            candidate = self._within(adapter, pool, pair)
             if candidate is not None:
                 yield candidate
 
-    def _within(self, adapter: Adapter, pool: ModelPool, codec: str | None) -> Candidate | None:
-        rated = codec is not None and codec not in UNRATED
-        settings = None if codec is None else _settings(codec, FINEST if rated else None)
+    def first(self, adapter: Adapter, pool: ModelPool, tried: Sequence[Pair]) -> Candidate | None:
+        """Return the candidate of the first of `tried` that fits, None where none does.
+
+        Of those whose downlink is chosen and that have a rate, it is the one whose coarser codec
+        has the most bits. Raises as `candidates`.
+        """
+        rated = [pair for pair in tried if pair.down is not None and pair.rated]
+        plain = self.candidates(adapter, pool, [pair for pair in tried if pair not in rated])
+        return next(plain, None) or max(
+            self.candidates(adapter, pool, rated), key=lambda each: each.bits, default=None
+        )
+
+    def _within(self, adapter: Adapter, pool: ModelPool, pair: Pair) -> Candidate | None:
         try:
-            candidate = self._of(adapter, pool, settings)
-            if self._fits(candidate):
-                return candidate
-            return self._coarser(candidate, codec, pool) if codec and rated else None
+            candidate = self._of(adapter, pool, pair, FINEST)
+            if self._fits(candidate) or not pair.rated:
+                return candidate if self._fits(candidate) else None
+            return self._coarser(candidate, pool)
         except NoRoomError:
             return None
 
-    def _coarser(self, finest: Candidate, codec: str, pool: ModelPool) -> Candidate | None:
+    def _coarser(self, finest: Candidate, pool: ModelPool) -> Candidate | None:
         """Return the candidate with about the lowest rate whose predicted bytes fit, None where
-        there is none; raises `NoRoomError`.
+        there is none; raises `NoRoomError`. If both codecs have a rate, it is the same.
 
         What surrounds a frame, and the doubt about its length, are known once a rate is tried.
         """
-        most = self._most_up(finest)
+        most = self._most(finest)
         around = 0
         best = None
 
@@ -152,24 +174,27 @@ class Costs:
             rate = math.ceil(100 * max(finest.layout.raw_bytes / (most - around), FINEST)) / 100
             if rate > COARSEST:
                 break
-            candidate = self._of(finest.adapter, pool, _settings(codec, rate))
-            if self._fits(candidate) and (best is None or candidate.frame_bytes > best.frame_bytes):
+            candidate = self._of(finest.adapter, pool, finest.pair, rate)
+            if self._fits(candidate) and (best is None or candidate.bits > best.bits):
                 best = candidate
-            needed = candidate.up_bytes // self.config.rounds - candidate.frame_bytes
+            needed = self._around(candidate, rate)
             if best is not None and needed >= around:
                 break
             around = needed if needed > around else around + max(1, most // 100)
 
         return best
 
-    def _of(self, adapter: Adapter, pool: ModelPool, codec: CodecSettings | None) -> Candidate:
+    def _of(self, adapter: Adapter, pool: ModelPool, pair: Pair, rate: float) -> Candidate:
         """Return a candidate with its costs; raises `NoRoomError` for a codec that has no room for
         the layout at this rate."""
-        config = with_choice(self.config, adapter, codec)
+        codec = pair.codec(rate)
+        downlink = pair.downlink(rate)
+        config = with_choice(self.config, adapter, codec, downlink)
         try:
             forecast = check_settings(config, pool.layout, pool.outline.base, self.texts).forecast()
         except ConfigError as error:
-            if codec is not None and str(error).startswith("codec"):
+            chosen = {"codec": codec, "downlink": downlink}
+            if any(each and str(error).startswith(name) for name, each in chosen.items()):
                 raise NoRoomError(str(error)) from None
             raise
 
@@ -181,6 +206,7 @@ class Costs:
 
         return Candidate(
             adapter=adapter,
+            pair=pair,
             config=config,
             layout=pool.layout,
             frame_bytes=forecast.frame,
@@ -195,19 +221,33 @@ class Costs:
         few = budget.up_bytes is None or candidate.up_bytes <= budget.up_bytes
         return few and (candidate.run_s is None or candidate.run_s <= (budget.run_s or math.inf))
 
-    def _most_up(self, candidate: Candidate) -> int:
-        """Return the bytes that a site may send in a round, 0 where there is no time for any."""
+    def _around(self, candidate: Candidate, rate: float) -> int:
+        """Return the bytes of a round beyond a frame with a rate, of the way that has more."""
+        up = candidate.up_bytes // self.config.rounds
+        if not candidate.pair.rated_down:
+            return up - candidate.frame_bytes
+        most = max(candidate.downs[1], up if candidate.pair.rated_up else 0)
+        return most - int(candidate.layout.raw_bytes / rate)
+
+    def _most(self, candidate: Candidate) -> int:
+        """Return the bytes that a site may have in a round, in each way whose codec has a rate; 0
+        where there is no time for any."""
         rounds = self.config.rounds
         budget = self.budget
-        most = candidate.up_bytes if budget.up_bytes is None else budget.up_bytes
-        most //= rounds
+        pair = candidate.pair
+        up = candidate.up_bytes // rounds
+        most = max(up, candidate.downs[1]) if pair.rated_down else up
+        if pair.rated_up and budget.up_bytes is not None:
+            most = budget.up_bytes // rounds
         if budget.run_s is None or candidate.train_s is None:
             return most
 
         fits = 0
         while most - fits > 1:  # the time grows with the bytes
             middle = (fits + most) // 2
-            if self._run_s(candidate.downs, middle, candidate.train_s) <= budget.run_s:
+            downs = (candidate.downs[0], middle if pair.rated_down else candidate.downs[1])
+            sent = middle if pair.rated_up else up
+            if self._run_s(downs, sent, candidate.train_s) <= budget.run_s:
                 fits = middle
             else:
                 most = middle
@@ -226,17 +266,25 @@ class Costs:
         return round_s(down, up, sites=cohort, line=line, train_s=train_s)
 
     def _train_s(self, config: RunConfig, pool: ModelPool) -> float:
-        """Return the seconds of a site in a round, as measured here: its steps and its codec."""
+        """Return the seconds of a site in a round, as measured here: its steps and the codecs of
+        both ways."""
         examples = max(self.texts.public().values(), key=len)
-        step_s, call_s = time_steps(config, pool, examples, self.clock)
-        coding = coding_s(build(config.coding, pool.layout), self.clock)
+        tuned: tuple[Any, ...] = (pool.layout, config.train.per_device_train_batch_size)
+        if tuned not in self._timed:
+            self._timed[tuned] = time_steps(config, pool, examples, self.clock)
+
+        step_s, call_s = self._timed[tuned]
+        codecs = [config.coding] + ([] if config.downlink is None else [config.downlink])
+        coding = math.fsum(self._coding_s(codec, pool.layout) for codec in codecs)
         return config.train.steps(len(examples)) * step_s + call_s + coding
+
+    def _coding_s(self, codec: CodecSettings, layout: Layout) -> float:
+        """Return the seconds of a codec, timed once for frames of about one size."""
+        coded = (layout, codec.name, frame_size(codec, layout).bit_length())
+        if coded not in self._timed:
+            self._timed[coded] = (coding_s(build(codec, layout), self.clock), 0.0)
+        return self._timed[coded][0]
 
 
 class NoRoomError(Exception):
     """A codec has no room for a layout at its rate."""
-
-
-def _settings(codec: str, rate: float | None) -> CodecSettings:
-    table: dict[str, object] = {"name": codec, "error_feedback": True}
-    return read_settings(table if rate is None else {**table, "rate": rate})

@@ -1,8 +1,9 @@
 """The choice within a budget: trials of falling number and growing length, and what they found.
 
 Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with the fewest steps, then
-the numbers of steps for the two best adapters, then the codecs for the best of these. Every
-candidate has the largest frames that the budget allows it, so all are compared at equal cost.
+the numbers of steps for the two best adapters, then for the best of these the codecs of the
+downlink, where a limit of time leaves it open, and those of the uplink. Every candidate has the
+largest frames that the budget allows it, so all are compared at equal cost.
 """
 
 import logging
@@ -16,6 +17,7 @@ from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs, adapters, with_choice
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.pairs import EXACT, Pair, other_codecs, other_downlinks, pairs
 from fluvial.runs.budget.settled import opened
 from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
 from fluvial.runs.config import RunConfig
@@ -90,6 +92,7 @@ class _Search:
         self._impossible: dict[str, str] = {}
         self.tried: list[Tried] = []
         self.all_adapters = adapters(budget, self.free)
+        self.pairs = pairs(budget, self.free)
 
     @property
     def sites(self) -> PublicSites:
@@ -101,10 +104,10 @@ class _Search:
     def best(self) -> Candidate:
         """Return the candidate of the least loss."""
         if not self.free:
-            only = self._within(self.all_adapters[0])
-            if not only:
+            only = self._first(self.all_adapters[0])
+            if only is None:
                 raise ConfigError(self._nothing_fits())
-            return only[0]
+            return only
 
         fewest = [each for each in self.all_adapters if each.max_steps == self._steps[0]]
         first = self._first_codecs(fewest)
@@ -126,20 +129,15 @@ class _Search:
         ]
         finished = self._finish([*finalists, *self._try(self._first_codecs(longer))])
         winner = _least(finished, 1)[0]
-        others = [
-            each
-            for each in self._within(winner.candidate.adapter)
-            if each.config.codec != winner.candidate.config.codec
-        ]
-        finished = self._finish([winner, *self._try(others)])
+        for others in (other_downlinks, other_codecs):
+            winner = self._best_of(winner, others(winner.candidate.pair, self.budget, self.free))
         self._close_all_but([])
-        best = _least(finished, 1)[0]
-        if not math.isfinite(best.loss):
+        if not math.isfinite(winner.loss):
             raise ConfigError(
                 "budget: no trial has ended with a finite loss; lower train.learning_rate, or set "
                 "what the trials would choose"
             )
-        return best.candidate
+        return winner.candidate
 
     @property
     def _steps(self) -> list[int | None]:
@@ -148,38 +146,40 @@ class _Search:
     def _pool_of(self, adapter: Adapter) -> ModelPool:
         key = (adapter.target_modules, adapter.r)
         if key not in self._pools:
-            tuning = with_choice(self.config, adapter, None).adapter
+            tuning = with_choice(self.config, adapter).adapter
             self._pools[key] = self._pool.beside(tuning)
         return self._pools[key]
 
-    def _within(self, adapter: Adapter, *, first: bool = False) -> list[Candidate]:
-        """Return the candidates of an adapter within the budget, or the first of them.
+    def _first(self, adapter: Adapter) -> Candidate | None:
+        """Return the first candidate of an adapter within the budget, None where there is none.
 
         An adapter that the model cannot have is none, unless the configuration asks for it.
         """
-        codecs: Sequence[str | None] = self.budget.codecs if self.free.codec else (None,)
-        found = []
         try:
-            for candidate in self.costs.candidates(adapter, self._pool_of(adapter), codecs):
-                found.append(candidate)
-                if first:
-                    break
+            return self.costs.first(adapter, self._pool_of(adapter), self.pairs)
         except ConfigError as error:
             proposed = self.free.target_modules or self.free.r
             if not (proposed and str(error).startswith("lora.")):
                 raise
             logger.info("budget: %s is no candidate: %s", _named(adapter), error)
             self._impossible[_named(adapter)] = str(error)
-
-        return found
+            return None
 
     def _first_codecs(self, some: Sequence[Adapter]) -> list[Candidate]:
         """Return the first candidate of each adapter; of adapters with equal tensors, one."""
         found: dict[tuple[Layout, int | None], Candidate] = {}
         for adapter in some:
-            for each in self._within(adapter, first=True):
+            each = self._first(adapter)
+            if each is not None:
                 found.setdefault((each.layout, adapter.max_steps), each)
         return list(found.values())
+
+    def _best_of(self, winner: Tried, tried: Sequence[Pair]) -> Tried:
+        """Return the trial of least loss among that of `winner` and those with its adapter and
+        other codecs."""
+        adapter = winner.candidate.adapter
+        candidates = self.costs.candidates(adapter, self._pool_of(adapter), tried)
+        return _least(self._finish([winner, *self._try(list(candidates))]), 1)[0]
 
     def _try(self, candidates: Sequence[Candidate]) -> list[Tried]:
         new = [
@@ -230,6 +230,9 @@ class _Search:
             chosen["max_steps"] = candidate.config.train.max_steps
         if self.free.codec:
             chosen["codec"] = candidate.config.coding.model_dump(mode="json", exclude_unset=True)
+        if self.free.downlink:
+            down = candidate.config.downlink
+            chosen["downlink"] = down and down.model_dump(mode="json", exclude_unset=True)
 
         record: dict[str, Any] = {
             "chosen": chosen,
@@ -256,6 +259,7 @@ class _Search:
     def _row(self, tried: Tried, *, chosen: bool) -> dict[str, Any]:
         candidate = tried.candidate
         codec = candidate.config.coding
+        down = candidate.config.downlink
         return {
             "target_modules": candidate.adapter.target_modules
             or _words(candidate.config.lora.target_modules),
@@ -263,6 +267,8 @@ class _Search:
             "max_steps": candidate.config.train.max_steps,
             "codec": codec.name,
             "rate": candidate.layout.raw_bytes / candidate.frame_bytes,
+            "downlink": EXACT if down is None else down.name,
+            "down_rate": candidate.layout.raw_bytes / candidate.downs[1],
             "values": candidate.layout.numel,
             "frame_bytes": candidate.frame_bytes,
             "up_bytes": candidate.up_bytes,
@@ -281,15 +287,19 @@ def _why(record: dict[str, Any]) -> str:
     if record["limits"]["up_bytes"] is not None:
         bytes_words += f" of {record['limits']['up_bytes']:,} B"
     if record["run_s"] is not None:
-        bytes_words += f" and {record['run_s']:,.0f} s of {record['limits']['run_s']:,.0f} s"
+        bytes_words += f", receives {record['down_bytes']:,} B"
+        bytes_words += f" and needs {record['run_s']:,.0f} s of {record['limits']['run_s']:,.0f} s"
 
     if not record["trials"]:
-        return f"nothing is open, and the run needs at most {bytes_words}"
+        return f"nothing is open; the run sends at most {bytes_words} for a site"
 
     row = next(row for row in record["trials"] if row["chosen"])
     ended = [other for other in record["trials"] if other["rounds"] == row["rounds"]]
     steps = "" if row["max_steps"] is None else f", {row['max_steps']} steps a round"
     codec = f"{row['codec']} at 1/{row['rate']:.3g}"
+    if "downlink" in record["chosen"]:
+        codec += f", downlink {row['downlink']}"
+        codec += "" if row["downlink"] == EXACT else f" at 1/{row['down_rate']:.3g}"
     why = (
         f"rank {row['r']} on {row['target_modules']}{steps}, {codec}: "
         f"least loss of {len(record['trials'])} candidates on public text, {row['loss']:.4f} after "

@@ -7,7 +7,8 @@ from pydantic import Field
 
 from fluvial.settings import Settings
 
-TriedCodec = Literal["int8", "int4", "trellis", "hadamard", "powersgd"]
+TriedCodec = Literal["int8", "int4", "nf4", "trellis", "hadamard", "powersgd"]
+TriedDownlink = Literal["exact", "int8", "int4", "nf4", "trellis", "hadamard", "powersgd"]
 
 
 class BudgetConfig(Settings):
@@ -18,7 +19,8 @@ class BudgetConfig(Settings):
     """Bytes that one site may send for training in the whole run, headers included."""
     run_s: float | None = Field(None, ge=1e-3, le=1e9)
     """Seconds that all rounds may take over `fleet.line`: local steps and coding as measured on
-    this machine, and the transfer. Measures, set-up and baselines come on top."""
+    this machine, and the transfer in both directions. Measures, set-up and baselines come on
+    top."""
     target_modules: tuple[str, ...] = Field(
         ("q_proj+v_proj", "default", "all-linear"), min_length=1
     )
@@ -28,9 +30,13 @@ class BudgetConfig(Settings):
     """Candidates of `lora.r`, where it is not set."""
     max_steps: tuple[Annotated[int, Field(ge=1, le=10**6)], ...] = Field((4, 8, 16), min_length=1)
     """Candidates of `train.max_steps`, where neither it nor `train.num_train_epochs` is set."""
-    codecs: tuple[TriedCodec, ...] = Field(("int8", "int4", "trellis"), min_length=1)
+    codecs: Annotated[tuple[TriedCodec, ...], Field(min_length=1)] | None = None
     """Candidates of the codec, where there is no `[codec]`, the most exact first. Each has the rate
-    that the budget allows, and error feedback."""
+    that the budget allows, and error feedback. Unset, they are int8, int4 and trellis, and with
+    `run_s` also nf4."""
+    downlinks: tuple[TriedDownlink, ...] = Field(("exact", "int8", "nf4", "trellis"), min_length=1)
+    """Candidates of the downlink's codec, where there is no `[downlink]` and `run_s` limits the
+    time; "exact" codes nothing."""
     trial_rounds: int = Field(8, ge=2, le=10**4)
     """Rounds of the longest trials; the worse two thirds of the adapters end after a quarter of
     them, and two thirds of the rest after a half."""
@@ -41,3 +47,13 @@ class BudgetConfig(Settings):
         """See `Settings`."""
         if self.up_bytes is None and self.run_s is None:
             yield "up_bytes, run_s: a budget needs one of the two; set it, or remove the table"
+        if self.run_s is None and self.downlinks != type(self).model_fields["downlinks"].default:
+            yield "downlinks: without effect, because only run_s counts downloads; remove it"
+
+    @property
+    def tried_codecs(self) -> tuple[TriedCodec, ...]:
+        """Return the candidates of the codec."""
+        if self.codecs is not None:
+            return self.codecs
+        cheap: tuple[TriedCodec, ...] = () if self.run_s is None else ("nf4",)
+        return ("int8", "int4", *cheap, "trellis")

@@ -11,6 +11,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Adapter, Costs, adapters
 from fluvial.runs.budget.choice import FINALISTS, KEEP, choose, part_rounds
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.pairs import pairs
 from fluvial.runs.budget.settled import Open, opened
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import texts_of
@@ -42,8 +43,7 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
     untimed = budget.model_copy(update={"run_s": None})
     example = Adapter(None, None, min(budget.max_steps) if free.max_steps else None)
     pool = ModelPool(config.model, config.adapter)
-    codecs = budget.codecs if free.codec else (None,)
-    found = next(iter(Costs(config, untimed, texts).candidates(example, pool, codecs)), None)
+    found = Costs(config, untimed, texts).first(example, pool, pairs(budget, free))
     if found is None:
         raise ConfigError(
             f"budget.up_bytes={budget.up_bytes}: the default adapter has no codec that needs so "
@@ -55,6 +55,7 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
         "r": "lora.r",
         "max_steps": "train.max_steps",
         "codec": "the codec",
+        "downlink": "the downlink",
     }
     chosen = ", ".join(words for name, words in names.items() if getattr(free, name))
     most = _most_steps(budget, free, config.train.steps(0) if config.train.max_steps else None)
@@ -84,6 +85,7 @@ def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | No
 
     rounds += going * (budget.trial_rounds - done) * numbers[0]
     rounds += FINALISTS * budget.trial_rounds * sum(numbers[1:])
-    others = len(budget.codecs) - 1 if free.codec else 0
+    others = len(budget.tried_codecs) - 1 if free.codec else 0
+    others += len(budget.downlinks) - 1 if free.downlink else 0
     rounds += (others + 1) * budget.trial_rounds * numbers[-1]  # other codecs, and sites alone
     return rounds * budget.trial_sites

@@ -21,6 +21,8 @@ class Open:
     r: bool
     max_steps: bool
     codec: bool
+    downlink: bool
+    """True only beside `budget.run_s`, which alone counts downloads."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Open":
@@ -32,11 +34,14 @@ class Open:
             "r" not in lora,
             not train & {"max_steps", "num_train_epochs"},
             config.codec is None,
+            config.downlink is None
+            and config.budget is not None
+            and config.budget.run_s is not None,
         )
 
     def __bool__(self) -> bool:
         """Return True where something is open."""
-        return self.target_modules or self.r or self.max_steps or self.codec
+        return any((self.target_modules, self.r, self.max_steps, self.codec, self.downlink))
 
 
 def opened(config: RunConfig) -> Open:
@@ -49,6 +54,7 @@ def opened(config: RunConfig) -> Open:
         "r": free.r,
         "max_steps": free.max_steps,
         "codecs": free.codec,
+        "downlinks": free.downlink,
     }
     for name, is_open in names.items():
         usual = BudgetConfig.model_fields[name].default
@@ -75,6 +81,8 @@ def settle(config: RunConfig, record: dict[str, Any]) -> RunConfig:
                 table.setdefault(key, {})[name] = chosen[name]
         if free.codec:
             table["codec"] = chosen["codec"]
+        if free.downlink and chosen["downlink"] is not None:
+            table["downlink"] = chosen["downlink"]
         return type(config).model_validate(table)
     except (KeyError, TypeError, AttributeError, ValidationError) as error:
         raise CheckpointError(f"the choice within the budget is damaged: {error}") from None
