@@ -8,8 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fluvial.data import SiteTexts
-from fluvial.errors import ConfigError
-from fluvial.methods.fedsb import first_step
+from fluvial.errors import ConfigError, WireError
+from fluvial.federation.sites import factor_layout
+from fluvial.federation.store import StateStore
+from fluvial.methods.fedsb import Basis, first_step, keep_basis
 from fluvial.models.pool import ModelPool
 from fluvial.models.square import (
     gradients_of_weights,
@@ -18,9 +20,11 @@ from fluvial.models.square import (
     square_name,
     squares_trained,
 )
+from fluvial.models.states import initial_state
 from fluvial.models.tuning import tuned_parameters
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, parse
+from fluvial.runs.opening import site_of
 from fluvial.runs.plan import plan
 from fluvial.runs.run import Run
 from fluvial.training.train import collate, predictions, summed_loss
@@ -184,6 +188,28 @@ def test_a_site_that_lost_the_basis_is_sent_it_again(
     straight = run_table(run_config | FEDSB, tmp_path / "straight")
     assert event.values["adapter_sha256"] == straight["adapter_sha256"]
     assert event.values["bytes"]["down"] > straight["bytes"]["down"]
+
+
+@pytest.mark.parametrize("wrong", ["A", "B", "R"])
+def test_a_basis_of_another_shape_is_refused_and_not_kept(
+    run_config: dict[str, Any], wrong: str
+) -> None:
+    """What a site reads from a server that is wrong or hostile."""
+    config, pool, texts = opened(run_config | FEDSB)
+    site = site_of(config, "north", pool, texts, StateStore(None))
+    basis = Basis()
+    basis.fixed = initial_state(pool.layout, 0)
+    basis.start = initial_state(factor_layout(pool.layout, "R"), 0)
+    assert keep_basis(site, basis.message()).tensors == {}
+    site.kept.clear()
+
+    for part in (basis.fixed, basis.start):
+        for name, tensor in part.items():
+            if f".lora_{wrong}." in name or (wrong == "R" and part is basis.start):
+                part[name] = torch.cat([tensor, tensor[:1]])
+    with pytest.raises(WireError):
+        keep_basis(site, basis.message())
+    assert not site.kept
 
 
 def test_a_codec_that_learns_is_refused(run_config: dict[str, Any]) -> None:
