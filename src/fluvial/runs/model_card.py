@@ -101,7 +101,7 @@ def _metadata(run: Described) -> Any:
             metric_value=round(value, 6),
         )
         for key, value in final.items()
-        if key in SCORES and math.isfinite(value)
+        if key in SCORES and math.isfinite(value) and not _empty(key, final)
     ]
     tuned = {"adapter": "lora", "merged": "lora", "model": "full-parameter-tuning"}[run.form]
     tags = ["federated-learning", "fluvial", tuned]
@@ -193,8 +193,13 @@ def _measures(result: Mapping[str, Any], means: str) -> list[list[str]]:
     return [
         [words, *(f"{row[key]:.4f}" if key in row else "-" for row in (base, final))]
         for key, words in SCORES.items()
-        if key in final
+        if key in final and not _empty(key, base, final)
     ]
+
+
+def _empty(key: str, *rows: Mapping[str, float]) -> bool:
+    """Return True for a ROUGE-2 of 0 in all `rows`, as where no reference has two words."""
+    return key == "rouge_2" and not any(row.get(key) for row in rows)
 
 
 def _evaluation(run: Described, measured: list[list[list[str]]]) -> list[str]:

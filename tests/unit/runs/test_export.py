@@ -16,8 +16,10 @@ from fluvial.errors import CheckpointError, ConfigError
 from fluvial.models.export import with_equal_ranks
 from fluvial.runs.config import parse
 from fluvial.runs.export import export_run
+from fluvial.runs.model_card import Described, model_card
 from fluvial.runs.run import execute
 from fluvial.storage.files import digest_of_file
+from fluvial.storage.run_files import read_run
 from tests.support.runs import run_table, small_table
 from tests.support.vllm_rules import broken_rules
 
@@ -103,6 +105,17 @@ def test_the_card_says_what_the_run_found(finished: Path, tmp_path: Path) -> Non
     own = (finished / "adapter" / "README.md").read_text()
     assert f"{final['loss']:.4f}" in own
     assert str(finished.parent) not in own
+
+
+@pytest.mark.parametrize("score", [0.0, 0.3])
+def test_the_card_has_no_rouge_2_where_no_answer_has_two_words(
+    finished: Path, score: float
+) -> None:
+    run = read_run(finished)
+    run["result"]["heldout"]["final"] |= {"rouge_1": 0.5, "rouge_2": score}
+    card = model_card(Described(run["config"], run["result"], "", "adapter"))
+    assert "| ROUGE-1 | " in card
+    assert ("| ROUGE-2 | " in card) == ("ROUGE-2" in card) == (score > 0)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
