@@ -148,12 +148,12 @@ def init(
             looked_at_data,
         )
         divided = _sites(records, site_column, sites, asks)
-    if asked is not None:
-        refuse_other_task(records, asked)
     _found(f"{len(records.rows):,} records, form {records.forms}", asks)
     _found(divided.words(), asks)
     if not renamed:
         records = _with_answers(records, divided, asks)
+    if asked is not None:
+        refuse_other_task(records, asked)
 
     if chosen_limits is None and asks:
         for name, meaning in LIMITS.items():

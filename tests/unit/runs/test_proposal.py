@@ -140,6 +140,18 @@ def test_held_out_records_of_all_sites(tiny_model: Path) -> None:
         run_init("--force", "--yes", "--model", str(tiny_model), *plain)
 
 
+def test_held_out_records_are_of_the_same_task_by_the_same_columns(tiny_model: Path) -> None:
+    """A column 'text' that is a question: alone, it would be plain text."""
+    rows = [
+        {"who": row["hospital"], "text": row["question"], "label": row["answer"]}
+        for row in answers()
+    ]
+    data, asked = written(rows), written(rows, "asked.jsonl")
+    columns = ("--column", "prompt=text", "--column", "completion=label", "--site-column", "who")
+    config = proposed("--model", str(tiny_model), "--data", data, "--heldout", asked, *columns)
+    assert config.data.columns == {"prompt": "text", "completion": "label"}
+
+
 def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) -> None:
     """A spreadsheet, JSON lines and a folder."""
     lines = "".join(f"Fall {n}: für wen?;Haus {n}\n" for n in range(12))

@@ -282,8 +282,9 @@ def _part(
 
 def refuse_other_task(data: DataFacts, heldout: RecordFiles) -> None:
     """Raise `ConfigError` where `heldout` is plain text and `data` has answers, or the reverse."""
+    same = set(data.columns.values()) <= set(heldout.names)
     try:
-        form = facts_about(heldout, {}).form
+        form = facts_about(heldout, data.columns if same else {}).form
     except ConfigError:  # its columns are the run's, by which it is read and checked
         return
     if (form == "text") != (data.form == "text"):
