@@ -56,8 +56,10 @@ def own_reading(
     data = toml.read(DataConfig, config["data"], str(folder))
     tables = {name: data.of_site(name) for name in sorted(data.by_site)}
     if site is not None and site not in tables:
-        why = f"its tables are {', '.join(tables)}" if tables else "it has no table for each site"
-        raise ConfigError(f"--site {site}: data.by_site of the run has no such table; {why}")
+        why = f"data.by_site of the run has no such table; its tables are {', '.join(tables)}"
+        if not tables:
+            why = "without effect, because the run reads all sites' records in one way; remove it"
+        raise ConfigError(f"--site {site}: {why}")
 
     chosen = [site] if site else [name for name in tables if _reads(tables[name], records)]
     own = [_reading(table, records) for table in map(tables.__getitem__, chosen)]
@@ -101,7 +103,10 @@ def with_remedies(run: dict[str, Any]) -> Iterator[None]:
         yield
     except DataError as error:
         remedies = [f"--site NAME, one of {', '.join(run[SITES])}"] if run.get(SITES) else []
-        remedies += ["--set with a line such as 'data.columns={completion = \"answer\"}'"]
+        if "--set" not in str(error):
+            remedies.append("--set with a line such as 'data.columns={completion = \"answer\"}'")
+        if not remedies:
+            raise
         raise ConfigError(f"{error}. Settings of [data] come by {' or '.join(remedies)}") from error
 
 

@@ -125,8 +125,10 @@ def test_what_is_set_goes_before_what_the_run_had(
         "".join(json.dumps({"prompt": r["text"], "completion": r["label"]}) + "\n" for r in rows)
     )
 
-    with pytest.raises(ConfigError, match=r"other columns, add --set 'data\.columns=\{\}'"):
+    with pytest.raises(ConfigError, match=r"other columns, add --set 'data\.columns=\{\}'$"):
         _evaluate(adapter, "--data", renamed)
+    with pytest.raises(ConfigError, match="--site a: without effect, because the run reads all"):
+        _evaluate(adapter, "--data", renamed, "--site", "a")
     same = _evaluate(adapter, "--data", renamed, "--set", "data.columns={}")
     assert same["data"]["adapter"] == own["data"]["adapter"]
 
