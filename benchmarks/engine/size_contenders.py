@@ -28,8 +28,10 @@ NAMES = (
 """Contenders of `bytes_to_target` that are measured, in the order of their importance."""
 _TRELLIS = {"name": "trellis", "rate": 142, "error_feedback": True}
 _SMALL = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
+_BUDGET_SCALE = _SMALL | {"lora_alpha": 16}
+"""A budget chooses the rank and leaves alpha as it is, so a smaller rank has a larger scale."""
 BUDGET = "budget: r 2, trellis 1/142"
-"""Choice of `benchmarks.budget`."""
+"""Choice of `benchmarks.budget`, with the scale of rank 8."""
 CONTENDERS = (
     *(contender for name in NAMES for contender in ALL if contender.name == name),
     Contender(BUDGET, "ours", _TRELLIS, lora=_SMALL),
@@ -42,6 +44,20 @@ CONTENDERS = (
     ),
     Contender("uncompressed, r 2", "reference", {"name": "identity"}, lora=_SMALL),
     Contender("nf4, both ways, r 2", "published", {"name": "nf4"}, {"name": "nf4"}, lora=_SMALL),
+    Contender(
+        "budget of time: r 2, alpha 16, int4, down nf4",
+        "ours",
+        {"name": "int4", "error_feedback": True},
+        {"name": "nf4"},
+        lora=_BUDGET_SCALE,
+    ),
+    Contender(
+        "nf4, both ways, r 2, alpha 16",
+        "published",
+        {"name": "nf4"},
+        {"name": "nf4"},
+        lora=_BUDGET_SCALE,
+    ),
     Contender("auto at 20 Mbit/s", "ours", {"name": "auto", "uplink_mbps": 20}),
 )
 

@@ -3,12 +3,14 @@
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fluvial.codecs import CodecSettings, build
+from fluvial.codecs.base import Codec
 from fluvial.codecs.coding_time import coding_s
-from fluvial.codecs.forecast import frame_size
+from fluvial.codecs.forecast import frame_size, shrunk
 from fluvial.errors import ConfigError
 from fluvial.federation.line import round_s
 from fluvial.methods.measuring import Texts
@@ -21,6 +23,8 @@ from fluvial.runs.opening import check_settings
 from fluvial.runs.step_time import Clock, time_steps
 from fluvial.wire.tensors import Layout
 
+TIMED = 2**20
+"""Values of the update by which a codec is timed, at most."""
 TRIES = 8
 """Rates that are tried at most, until the predicted bytes fit."""
 LATER = 2
@@ -140,14 +144,28 @@ class Costs:
     def first(self, adapter: Adapter, pool: ModelPool, tried: Sequence[Pair]) -> Candidate | None:
         """Return the candidate of the first of `tried` that fits, None where none does.
 
-        Of those whose downlink is chosen and that have a rate, it is the one whose coarser codec
-        has the most bits. Raises as `candidates`.
+        Those whose downlink is chosen and that have a rate come last, the one first whose coarser
+        codec has the most bits, as far as transfer and steps tell. Raises as `candidates`.
         """
         rated = [pair for pair in tried if pair.down is not None and pair.rated]
-        plain = self.candidates(adapter, pool, [pair for pair in tried if pair not in rated])
-        return next(plain, None) or max(
-            self.candidates(adapter, pool, rated), key=lambda each: each.bits, default=None
-        )
+        plain = [pair for pair in tried if pair not in rated]
+        finest = []
+        found = next(self.candidates(adapter, pool, plain), None)
+        for pair in rated if found is None else []:
+            with suppress(NoRoomError):
+                finest.append(self._of(adapter, pool, pair, FINEST))
+
+        finest.sort(key=self._room, reverse=True)
+        later = self.candidates(adapter, pool, [each.pair for each in finest])
+        return found or next(later, None)
+
+    def _room(self, finest: Candidate) -> tuple[float, float]:
+        """Return the bits of a value, first of the way that has fewer, with which a pair whose
+        `finest` candidate this is would take all of the budget."""
+        most = self._most(finest, finest.train_s)
+        up = most if finest.pair.rated_up else finest.frame_bytes
+        down = most if finest.pair.rated_down else finest.downs[1]
+        return replace(finest, frame_bytes=up, downs=(finest.downs[0], down)).bits
 
     def _within(self, adapter: Adapter, pool: ModelPool, pair: Pair) -> Candidate | None:
         try:
@@ -162,23 +180,26 @@ class Costs:
         """Return the candidate with about the lowest rate whose predicted bytes fit, None where
         there is none; raises `NoRoomError`. If both codecs have a rate, it is the same.
 
-        What surrounds a frame, and the doubt about its length, are known once a rate is tried.
+        What surrounds a frame, the doubt about its length, and the time of coding are known once a
+        rate is tried.
         """
-        most = self._most(finest)
+        latest = finest
         around = 0
         best = None
 
         for _ in range(TRIES):
+            most = self._most(finest, latest.train_s)
             if most <= around:
                 break
             rate = math.ceil(100 * max(finest.layout.raw_bytes / (most - around), FINEST)) / 100
             if rate > COARSEST:
                 break
-            candidate = self._of(finest.adapter, pool, finest.pair, rate)
-            if self._fits(candidate) and (best is None or candidate.bits > best.bits):
-                best = candidate
-            needed = self._around(candidate, rate)
-            if best is not None and needed >= around:
+            latest = self._of(finest.adapter, pool, finest.pair, rate)
+            if self._fits(latest) and (best is None or latest.bits > best.bits):
+                best = latest
+            needed = self._around(latest, rate)
+            more = self._most(finest, latest.train_s) > 1.01 * most
+            if best is not None and needed >= around and not more:
                 break
             around = needed if needed > around else around + max(1, most // 100)
 
@@ -202,7 +223,11 @@ class Costs:
         down = forecast.down if later.down.unknown else later.down.most
         up = forecast.frame if later.up.unknown else later.up.most
         downs = (first.down.most, down)
-        train_s = None if self.budget.run_s is None else self._train_s(config, pool)
+        train_s = None
+        if self.budget.run_s is not None:
+            train_s = self._train_s(config, pool)
+            if self._run_s(downs, up, train_s) <= self.budget.run_s:  # else it is too slow anyway
+                train_s += self._both_codings_s(config, pool.layout)
 
         return Candidate(
             adapter=adapter,
@@ -229,25 +254,25 @@ class Costs:
         most = max(candidate.downs[1], up if candidate.pair.rated_up else 0)
         return most - int(candidate.layout.raw_bytes / rate)
 
-    def _most(self, candidate: Candidate) -> int:
-        """Return the bytes that a site may have in a round, in each way whose codec has a rate; 0
-        where there is no time for any."""
+    def _most(self, finest: Candidate, train_s: float | None) -> int:
+        """Return the bytes that a site may have in a round beside `train_s`, in each way whose
+        codec has a rate; 0 where there is no time for any."""
         rounds = self.config.rounds
         budget = self.budget
-        pair = candidate.pair
-        up = candidate.up_bytes // rounds
-        most = max(up, candidate.downs[1]) if pair.rated_down else up
+        pair = finest.pair
+        up = finest.up_bytes // rounds
+        most = max(up, finest.downs[1]) if pair.rated_down else up
         if pair.rated_up and budget.up_bytes is not None:
             most = budget.up_bytes // rounds
-        if budget.run_s is None or candidate.train_s is None:
+        if budget.run_s is None or train_s is None:
             return most
 
         fits = 0
         while most - fits > 1:  # the time grows with the bytes
             middle = (fits + most) // 2
-            downs = (candidate.downs[0], middle if pair.rated_down else candidate.downs[1])
+            downs = (finest.downs[0], middle if pair.rated_down else finest.downs[1])
             sent = middle if pair.rated_up else up
-            if self._run_s(downs, sent, candidate.train_s) <= budget.run_s:
+            if self._run_s(downs, sent, train_s) <= budget.run_s:
                 fits = middle
             else:
                 most = middle
@@ -266,24 +291,38 @@ class Costs:
         return round_s(down, up, sites=cohort, line=line, train_s=train_s)
 
     def _train_s(self, config: RunConfig, pool: ModelPool) -> float:
-        """Return the seconds of a site in a round, as measured here: its steps and the codecs of
-        both ways."""
+        """Return the seconds of a site's steps in a round, as measured here."""
         examples = max(self.texts.public().values(), key=len)
         tuned: tuple[Any, ...] = (pool.layout, config.train.per_device_train_batch_size)
         if tuned not in self._timed:
             self._timed[tuned] = time_steps(config, pool, examples, self.clock)
 
         step_s, call_s = self._timed[tuned]
+        return config.train.steps(len(examples)) * step_s + call_s
+
+    def _both_codings_s(self, config: RunConfig, layout: Layout) -> float:
+        """Return the seconds of the codecs of both ways in a round, as measured here."""
         codecs = [config.coding] + ([] if config.downlink is None else [config.downlink])
-        coding = math.fsum(self._coding_s(codec, pool.layout) for codec in codecs)
-        return config.train.steps(len(examples)) * step_s + call_s + coding
+        return math.fsum(self._coding_s(codec, layout) for codec in codecs)
 
     def _coding_s(self, codec: CodecSettings, layout: Layout) -> float:
-        """Return the seconds of a codec, timed once for frames of about one size."""
+        """Return the seconds of a codec, timed once for frames of about one size; those of a large
+        layout follow from smaller tensors."""
         coded = (layout, codec.name, frame_size(codec, layout).bit_length())
         if coded not in self._timed:
-            self._timed[coded] = (coding_s(build(codec, layout), self.clock), 0.0)
+            timed = _timed_codec(codec, layout)
+            seconds = coding_s(timed, self.clock) * layout.numel / timed.layout.numel
+            self._timed[coded] = (seconds, 0.0)
         return self._timed[coded][0]
+
+
+def _timed_codec(codec: CodecSettings, layout: Layout) -> Codec:
+    """Return the codec to time: for `layout`, or if that is large for smaller tensors, where these
+    have room for it."""
+    if layout.numel > TIMED:
+        with suppress(ConfigError):
+            return build(codec, shrunk(layout, TIMED))
+    return build(codec, layout)
 
 
 class NoRoomError(Exception):
