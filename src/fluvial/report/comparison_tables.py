@@ -21,7 +21,13 @@ from fluvial.runs.comparison.judging import (
 from fluvial.runs.comparison.result import Compared, ComparedContender, Difference
 
 POOLED = "_pooled"
-NAMES = {"loss": "held-out loss", "accuracy": "next-token accuracy", **ANSWER_SCORES}
+NAMES = {
+    "loss": "held-out loss",
+    "accuracy": "next-token accuracy",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    **ANSWER_SCORES,
+}
 """Names of measures in tables."""
 COSTS_CAPTION = (
     "Means over the seeds. Up and down: bytes of one site in all rounds, with set-up. Amortised: "
@@ -156,6 +162,11 @@ def measures_caption(compared: Compared) -> str:
                 f"interval reaches {wide:.1f} standard errors to each side, so that no difference "
                 "may be shown where every cell is better. More seeds narrow it."
             )
+    pairs = [
+        each.scores["rouge_2"].mean for each in compared.contenders if "rouge_2" in each.scores
+    ]
+    if pairs and not any(pairs):
+        words.append("ROUGE-2 counts pairs of words, and is 0 where no answer has two.")
     return " ".join(words)
 
 

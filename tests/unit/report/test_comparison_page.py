@@ -196,6 +196,14 @@ def test_the_caption_says_why_all_cells_may_be_better_and_nothing_be_shown() -> 
         assert (words in measures_caption(compared(base, ours))) == said
 
 
+@pytest.mark.parametrize("score", [0.0, 0.1])
+def test_the_caption_says_why_rouge_2_is_0(score: float) -> None:
+    found = Score(mean=score, low=None, high=None, by_seed={0: score})
+    base = contender("a", "a", (3.2,), scores={"rouge_2": found})
+    said = "ROUGE-2 counts pairs of words" in measures_caption(compared(base))
+    assert said == (score == 0)
+
+
 def test_the_caption_counts_what_is_finished() -> None:
     """While runs are missing, as after one that failed: neither their seeds nor their tests."""
     base = contender("a", "a", (3.2, 3.3))
