@@ -218,6 +218,32 @@ def driven() -> str:
     )
 
 
+def default_adapter() -> str:
+    """Return the loss of each adapter without a limit on bytes, and at equal bytes."""
+    found = read("default_adapter.json")
+    rows = [
+        ["cell", "limit on bytes", "adapter", "seeds", "learning rate", "up, whole run", "loss"]
+    ]
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["cell"], row["limit"], row["adapter"]), []).append(row)
+
+    for (cell, limit, adapter), runs in groups.items():
+        rows.append(
+            [
+                cell,
+                limit,
+                adapter,
+                str(len(runs)),
+                f"{runs[0]['learning_rate']:g}",
+                f"{mean(run['up'] for run in runs):,.0f} B",
+                f"{mean(run['loss'] for run in runs):.4f}",
+            ]
+        )
+
+    return "\n\n".join([table(rows), claims("default_adapter.json")])
+
+
 def budget() -> str:
     """Return bytes to a loss, and the loss, of a choice within a budget and of fixed adapters."""
     found = read("budget.json")

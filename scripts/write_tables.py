@@ -18,7 +18,7 @@ from typing import Any
 
 from block_tables import block_compute, block_downloads, block_losses, block_memory
 from cgfedllm_tables import gate, loss, parts
-from codec_tables import adapters, budget, distortion, driven, speed, target
+from codec_tables import adapters, budget, default_adapter, distortion, driven, speed, target
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
     pipe_enforced,
@@ -316,6 +316,7 @@ TABLES = {
         "distortion": distortion,
         "target": target,
         "budget": budget,
+        "default_adapter": default_adapter,
         "adapters": adapters,
         "driven": driven,
         "speed": speed,

@@ -193,7 +193,7 @@ def run_config(tiny_model: Path, three_sites: Path) -> dict[str, Any]:
         "seed": 1,
         "rounds": 2,
         "model": {"name_or_path": str(tiny_model)},
-        "lora": {"r": 4},
+        "lora": {"r": 4, "lora_alpha": 16, "target_modules": "attention"},
         "data": {
             "source": str(three_sites),
             "public_source": str(three_sites),

@@ -127,7 +127,12 @@ def config(
         **tables,
         "seed": seed,
         "rounds": size.rounds,
-        "lora": {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0},
+        "lora": {
+            "r": rank,
+            "lora_alpha": 2 * rank,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": size.steps}
         | dict(train or ()),
         "method": method,

@@ -131,7 +131,12 @@ def configured(arm: str, records: Path, options: argparse.Namespace, seed: int) 
             "max_length": options.max_length,
             "overlong": "shorten_prompt",
         },
-        "lora": {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0},
+        "lora": {
+            "r": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "train": {"learning_rate": options.learning_rate, "per_device_train_batch_size": 8},
         "evaluate": {"sample_tokens": 1},
         **ARMS[arm],

@@ -37,7 +37,7 @@ ADAPTERS: dict[str, Table] = {
 SQUARE: dict[str, Table] = {
     "r 32, all linear": {"r": 32, "lora_alpha": 32, "target_modules": "all-linear"},
     "r 8, all linear": {"r": 8, "lora_alpha": 8, "target_modules": "all-linear"},
-    "r 8, attention": {"r": 8, "lora_alpha": 8},
+    "r 8, attention": {"r": 8, "lora_alpha": 8, "target_modules": "attention"},
 }
 """Adapters of Fed-SB, which sends r x r values of a module, at the scale of its authors."""
 COMMON: dict[str, Table] = {"r 8, attention": {}}

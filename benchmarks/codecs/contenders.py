@@ -70,6 +70,8 @@ def _judged(codec: str, rate: float) -> Contender:
     )
 
 
+LORA: Table = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "attention"}
+"""The adapter of contenders that name no other: that of CG-FedLLM."""
 DOWN: Table = {"name": "trellis", "rate": 32}
 """The downlink of contenders that are ours."""
 ASSEMBLED_DOWN: Table = {"name": "hadamard", "rate": 32}
@@ -158,7 +160,7 @@ def resolve(
         "data": tables["data"] | {"max_length": 128, "max_heldout": bed.heldout},
         "seed": seed,
         "rounds": round(contender.rounds * bed.rounds),
-        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0} | contender.lora,
+        "lora": LORA | contender.lora,
         "train": {
             "learning_rate": learning_rate,
             "per_device_train_batch_size": bed.batch,

@@ -91,7 +91,12 @@ def table_of(cell: Cell, folder: Path) -> dict[str, Any]:
     return {
         "model": model,
         "rounds": cell.rounds,
-        "lora": {"r": cell.rank, "lora_dropout": 0.0},
+        "lora": {
+            "r": cell.rank,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "data": {
             "source": str(write_text(folder, cell.sites)),
             "form": "text",

@@ -15,7 +15,7 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 
-LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0}
+LORA = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "attention"}
 """The adapter of FedSEA-LLaMA's timing (its Table 7)."""
 
 

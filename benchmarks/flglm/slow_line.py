@@ -27,7 +27,7 @@ from fluvial.runs.run import execute
 from tests.support import flower_lab
 
 LINE = Setting(20.0, 50.0, 0.0)
-"""Issue 15's: 20 Mbit/s, 50 ms one way."""
+"""20 Mbit/s, 50 ms one way."""
 SITES = ("site1", "site2")
 CASES: dict[str, dict[str, Any]] = {
     "client-batch, exact": {"mode": "client-batch"},
@@ -56,7 +56,7 @@ def table(method: dict[str, Any], folder: Path, *, steps: int, rounds: int) -> d
     return {
         "model": {"dtype": "float32", "device": "cpu"},
         "rounds": rounds,
-        "lora": {"r": 8, "lora_dropout": 0.0},
+        "lora": {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": "attention"},
         "data": {
             "source": str(text.resolve()),
             "form": "text",

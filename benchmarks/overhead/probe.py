@@ -24,7 +24,12 @@ def start(began: float) -> dict[str, float]:
     table = {
         "rounds": 1,
         "data": {"max_length": 128, "max_heldout": 1},
-        "lora": {"lora_dropout": 0.0},
+        "lora": {
+            "r": 8,
+            "lora_alpha": 16,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 4, "max_steps": 1},
     }
     found = {"imported_s": imported}

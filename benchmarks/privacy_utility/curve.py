@@ -117,7 +117,12 @@ def configuration(case: Case, size: Size, seed: int, noise: NoiseConfig | None) 
         "rounds": size.rounds,
         "model": {"dtype": "float32", "device": "cpu"},
         "data": {"max_length": 64, "max_heldout": size.heldout},
-        "lora": {"lora_alpha": 32, "lora_dropout": 0.0},
+        "lora": {
+            "r": 8,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "train": {"learning_rate": 5e-3, "per_device_train_batch_size": 8, "max_steps": 4},
         "evaluate": {"sample_tokens": 1},
         "fleet": {"workers": 2},

@@ -97,7 +97,12 @@ def _config(model: dict[str, Any], *, quick: bool) -> RunConfig:
     table = {
         "model": {"dtype": "float32", "device": "cpu", **model},
         "data": {"max_length": 64, "max_heldout": 8 if quick else 96},
-        "lora": {"lora_alpha": 32, "lora_dropout": 0.0},
+        "lora": {
+            "r": 8,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "target_modules": "attention",
+        },
         "train": {
             "learning_rate": 5e-3,
             "per_device_train_batch_size": 8,

@@ -39,7 +39,7 @@ def _pool(folder: str, kind: str) -> ModelPool:
     config = ModelConfig.model_validate(
         {"name_or_path": folder, "dtype": "bfloat16", "device": "cpu", **quantised}
     )
-    return ModelPool(config, LoraSettings(r=8, lora_dropout=0.0))
+    return ModelPool(config, LoraSettings(r=8, lora_dropout=0.0, target_modules="attention"))
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ HONOURED = {
 """What each method honours; the others must be refused."""
 
 
-ENVELOPE = 100
+ENVELOPE = 120
 """Bytes of a message around its frames, at most: the names and values of a payload."""
 
 

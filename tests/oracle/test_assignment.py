@@ -94,7 +94,7 @@ def start(assignment: Assignment) -> Named:
 
 def alpha(rank: int) -> float:
     """The alpha with which PEFT scales an adapter of `rank` as the run scales its own."""
-    return LORA.lora_alpha * rank / LORA.r
+    return LORA.alpha * rank / LORA.r
 
 
 def alone(
@@ -264,7 +264,7 @@ def test_all_modules_have_the_scale_of_the_run(pool: ModelPool) -> None:
                 if isinstance(module, LoraLayer)
                 for scale in module.scaling.values()
             }
-        expected = LORA.lora_alpha / (LORA.r**0.5 if lora.use_rslora else LORA.r)
+        expected = LORA.alpha / (LORA.r**0.5 if lora.use_rslora else LORA.r)
         assert all(scale == pytest.approx(expected, rel=1e-12) for scale in scales)
 
 

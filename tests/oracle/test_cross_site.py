@@ -53,7 +53,7 @@ def test_a_cell_is_the_loss_that_peft_computes(run_config: dict[str, Any], tmp_p
     base = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32)
     own = store.read("south", "adapter").tensors
     modules = sorted({name.partition(".lora_")[0] for name in own})
-    lora = LoraConfig(r=4, lora_alpha=config.lora.lora_alpha, target_modules=modules)
+    lora = LoraConfig(r=4, lora_alpha=config.lora.alpha, target_modules=modules)
     model = get_peft_model(base, lora).eval()
     loaded = set_peft_model_state_dict(model, {f"base_model.model.{k}": v for k, v in own.items()})
     assert not loaded.unexpected_keys

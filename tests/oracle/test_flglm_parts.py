@@ -131,7 +131,7 @@ def plain_model(config: RunConfig, family: str, parts: Parts) -> tuple[nn.Module
     if targets:
         lora = LoraConfig(
             r=4,
-            lora_alpha=config.lora.lora_alpha,
+            lora_alpha=config.lora.alpha,
             target_modules=targets,
             fan_in_fan_out=family == "gpt2",
         )
@@ -257,7 +257,7 @@ def assert_exported(
     """Assert that the model's folder has the adapters merged, and is what the sites measured."""
     base = load_file(Path(config.model.name_or_path) / "model.safetensors")
     written = load_file(folder / "model" / "model.safetensors")
-    scale = config.lora.lora_alpha / config.lora.r
+    scale = config.lora.alpha / config.lora.r
     expected = dict(base)
     for name, tensor in change.items():
         if ".lora_A." in name:

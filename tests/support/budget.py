@@ -8,7 +8,7 @@ BUDGET = {
     "up_bytes": 3000,
     "trial_rounds": 2,
     "trial_sites": 2,
-    "target_modules": ["default", "all-linear"],
+    "target_modules": ["attention", "all-linear"],
     "r": [1, 2],
 }
 

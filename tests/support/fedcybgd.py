@@ -332,7 +332,10 @@ def latin(client: int, cycle: int) -> int:
     return (client + cycle) % LAYERS
 
 
-LORA: dict[str, Any] = {"tune": "lora", "lora": {"r": 4}}
+LORA: dict[str, Any] = {
+    "tune": "lora",
+    "lora": {"r": 4, "lora_alpha": 16, "target_modules": "attention"},
+}
 
 
 @dataclass

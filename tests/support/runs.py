@@ -16,7 +16,7 @@ def small_table(model: Path, sites: Path) -> dict[str, Any]:
     """A run of an adapter of rank 4 over text whose sites are in the column "client"."""
     return {
         "model": {"name_or_path": str(model)},
-        "lora": {"r": 4},
+        "lora": {"r": 4, "lora_alpha": 16, "target_modules": "attention"},
         "data": {
             "source": str(sites),
             "form": "text",

@@ -196,7 +196,7 @@ def first_step(
     """
     lora = pool.tuning
     assert isinstance(lora, LoraSettings), "a plan has checked that an adapter is tuned"
-    scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
+    scale = lora.alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
     with (
         pool.model(pool.base_state(), trainable="A and B") as model,
         gradients_of_weights(model) as gradients,

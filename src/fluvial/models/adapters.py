@@ -90,7 +90,7 @@ def adapt(
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.r,
-            lora_alpha=lora.lora_alpha,
+            lora_alpha=lora.alpha,
             lora_dropout=lora.lora_dropout,
             target_modules=target_names(base, lora, within),
             use_rslora=lora.use_rslora,
@@ -156,7 +156,7 @@ def _of_ranks(lora: LoraSettings, ranks: Mapping[str, int], dropout: float) -> A
 def _alpha(lora: LoraSettings, rank: int) -> float:
     """Return the alpha that gives an adapter of `rank` the scale of `lora`."""
     ratio = rank / lora.r
-    return lora.lora_alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
+    return lora.alpha * (math.sqrt(ratio) if lora.use_rslora else ratio)
 
 
 def _whole_name(module: str) -> str:

@@ -13,28 +13,34 @@ from fluvial.settings import Settings
 
 PAPER_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 """The four projections of attention, which CG-FedLLM (Shepherd) adapts."""
-ALL_LINEAR = "all-linear"
 
 
 class LoraSettings(Settings):
-    """The LoRA adapter: names as in PEFT's `LoraConfig`, defaults of CG-FedLLM (Shepherd)."""
+    """The LoRA adapter: names as in PEFT's `LoraConfig`. By default all linear layers have one,
+    because that learns most at equal bytes (docs/codecs.md); rank, alpha and dropout are those of
+    CG-FedLLM (Shepherd), which adapts "attention"."""
 
     r: int = Field(8, ge=1, le=4096)
     """Rank of the adapter's factors."""
-    lora_alpha: float = Field(16, ge=1e-6, le=1e6)
-    """Numerator of the adapter's scale, alpha / r."""
+    lora_alpha: float | None = Field(None, ge=1e-6, le=1e6)
+    """Numerator of the adapter's scale, alpha / r; 2 r by default."""
     lora_dropout: float = Field(0.05, ge=0, le=0.99)
     """Share of the adapter's inputs that training sets to zero."""
-    target_modules: Literal["all-linear"] | tuple[str, ...] | None = None
-    """Names of linear modules, or "all-linear" for all without heads and routers. By default
+    target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = "all-linear"
+    """Names of linear modules, or "all-linear" for all without heads and routers. "attention" is
     `q_proj`, `k_proj`, `v_proj`, `o_proj` where the model has all four, else PEFT's choice for its
     architecture, else "all-linear". In a multimodal model only text modules are adapted."""
     use_rslora: bool = False
     """Adapter scale alpha / sqrt(r) instead of alpha / r."""
 
+    @property
+    def alpha(self) -> float:
+        """Return `lora_alpha`, or its default for this rank."""
+        return 2 * self.r if self.lora_alpha is None else self.lora_alpha
+
     @field_validator("target_modules")
     @classmethod
-    def _some(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    def _some(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if value == () or (isinstance(value, tuple) and not all(value)):
             raise ValueError("target_modules: names at least one module, or leave it out")
         return value
@@ -55,10 +61,10 @@ def target_names(
 
     if isinstance(given, tuple):
         chosen = _explicit(given, linear, fit)
-    elif given == ALL_LINEAR:
+    elif given == "all-linear":
         chosen = fit
     else:
-        chosen = _default(base, fit)
+        chosen = _attention(base, fit)
 
     if not chosen:
         raise ConfigError(
@@ -170,7 +176,7 @@ def _explicit(
     return chosen
 
 
-def _default(base: PreTrainedModel, fit: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
+def _attention(base: PreTrainedModel, fit: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
     """Return the paper's four projections, else PEFT's choice for the architecture, else all."""
     leaves = {_leaf(name) for name in fit}
     if leaves.issuperset(PAPER_TARGETS):

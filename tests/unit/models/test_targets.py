@@ -87,10 +87,12 @@ def adapted(base: nn.Module, **settings: Any) -> set[str]:
         ("deepseek_v2", DEEPSEEK, ["kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_proj"]),
     ],
 )
-def test_the_default_follows_the_architecture(
+def test_attention_follows_the_architecture(
     kind: str, settings: dict[str, Any], expected: list[str]
 ) -> None:
-    assert target_names(meta(kind, **settings), LoraSettings()) == expected
+    assert (
+        target_names(meta(kind, **settings), LoraSettings(target_modules="attention")) == expected
+    )
 
 
 def test_the_defaults_of_peft_are_peft_s_own() -> None:
@@ -100,7 +102,7 @@ def test_the_defaults_of_peft_are_peft_s_own() -> None:
     settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
     theirs = get_peft_model(meta("gpt2", **settings), LoraConfig(r=2, fan_in_fan_out=True))
     names = {name.partition(".lora_")[0] for name in tuned_parameters(theirs)}
-    assert adapted(meta("gpt2", **settings)) == names
+    assert adapted(meta("gpt2", **settings), target_modules="attention") == names
 
 
 @pytest.mark.parametrize(
@@ -137,7 +139,7 @@ def test_all_linear_leaves_out_heads_and_routers(
     assert rest <= {"dt_proj", "out_proj"} | experts
 
 
-@pytest.mark.parametrize("targets", [None, "all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("targets", ["attention", "all-linear", ("q_proj", "v_proj")])
 def test_of_a_multimodal_model_only_text_is_adapted(targets: Any) -> None:
     base = meta("gemma3", **GEMMA3)
     assert any("vision" in name and name.endswith("q_proj") for name, _ in base.named_modules())

@@ -99,7 +99,7 @@ def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
     ticks = iter(range(10**9))
     texts = texts_of(config, pool)
     costs = Costs(config, config.budget, texts, clock=lambda: 0.01 * next(ticks))
-    adapter = Adapter("default", 2, None)
+    adapter = Adapter("attention", 2, None)
     (found,) = costs.candidates(
         adapter, pool.beside(config.lora.model_copy(update={"r": 2})), [Pair("trellis", "exact")]
     )

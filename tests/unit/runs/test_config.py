@@ -26,16 +26,12 @@ def test_quickstart_configuration_loads() -> None:
     assert config.data.source == "stdlib-keywords"
 
 
-def test_defaults_are_the_papers() -> None:
+def test_defaults_are_the_papers_but_for_the_adapted_modules() -> None:
     config = parse({"method": {"name": "cgfedllm"}}, "x")
     assert config.coding.name == "resnet"
-    assert (config.rounds, config.lora.r, config.lora.lora_alpha, config.train.learning_rate) == (
-        20,
-        8,
-        16,
-        1.5e-4,
-    )
-    assert config.lora.target_modules is None  # they follow the architecture: see test_targets.py
+    assert (config.rounds, config.train.learning_rate) == (20, 1.5e-4)
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 16, "all-linear")
+    assert load(ROOT / "configs" / "cgfedllm-paper.toml").lora.target_modules == "attention"
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,8 @@ def with_choice(
     return type(config).model_validate(table)
 
 
-def _targets(name: str) -> str | tuple[str, ...] | None:
-    if name in ("default", "all-linear"):
-        return None if name == "default" else name
-    return tuple(name.split("+"))
+def _targets(name: str) -> str | tuple[str, ...]:
+    return name if name in ("attention", "all-linear") else tuple(name.split("+"))
 
 
 @dataclass(frozen=True)

@@ -330,9 +330,9 @@ def _named(adapter: Adapter) -> str:
     return f"rank {adapter.r} on {adapter.target_modules}"
 
 
-def _plain(targets: str | tuple[str, ...] | None) -> str | list[str] | None:
+def _plain(targets: str | tuple[str, ...]) -> str | list[str]:
     return list(targets) if isinstance(targets, tuple) else targets
 
 
-def _words(targets: str | tuple[str, ...] | None) -> str:
-    return "+".join(targets) if isinstance(targets, tuple) else targets or "default"
+def _words(targets: str | tuple[str, ...]) -> str:
+    return "+".join(targets) if isinstance(targets, tuple) else targets

@@ -22,10 +22,10 @@ class BudgetConfig(Settings):
     this machine, and the transfer in both directions. Measures, set-up and baselines come on
     top."""
     target_modules: tuple[str, ...] = Field(
-        ("q_proj+v_proj", "default", "all-linear"), min_length=1
+        ("q_proj+v_proj", "attention", "all-linear"), min_length=1
     )
-    """Candidates of `lora.target_modules`, where it is not set: "default", "all-linear", or names
-    joined by "+". Those that the model does not have are left out."""
+    """Candidates of `lora.target_modules`, where it is not set: "attention", "all-linear", or
+    names joined by "+". Those that the model does not have are left out."""
     r: tuple[Annotated[int, Field(ge=1, le=4096)], ...] = Field((1, 2, 4, 8, 16), min_length=1)
     """Candidates of `lora.r`, where it is not set."""
     max_steps: tuple[Annotated[int, Field(ge=1, le=10**6)], ...] = Field((4, 8, 16), min_length=1)

@@ -6,13 +6,7 @@ from importlib.util import find_spec
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base
 from fluvial.models.pretrained import EMBEDDED, ModelConfig, context_length, dtype_of, local_folder
-from fluvial.models.targets import (
-    PAPER_TARGETS,
-    LoraSettings,
-    adaptable_modules,
-    features,
-    target_names,
-)
+from fluvial.models.targets import LoraSettings, adaptable_modules, features, target_names
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.weights import check_weights
 from fluvial.storage import toml
@@ -32,12 +26,8 @@ class ModelFacts:
     context: int | None
     """Tokens that the model reads at most; None without a limit."""
     tokenizer: PreTrainedTokenizerBase
-    targets: tuple[str, ...]
-    """Modules that LoRA adapts by default."""
     adapted: int
-    """Values of an adapter of rank 1 on these modules."""
-    adapted_everywhere: int
-    """Values of an adapter of rank 1 on all linear modules."""
+    """Values of an adapter of rank 1 on all linear modules, which LoRA adapts by default."""
     narrowest: int
     """Smallest dimension of a linear module, which bounds the rank."""
 
@@ -45,11 +35,6 @@ class ModelFacts:
     def has_template(self) -> bool:
         """True where the tokenizer has a chat template."""
         return bool(getattr(self.tokenizer, "chat_template", None))
-
-    @property
-    def has_paper_targets(self) -> bool:
-        """True where the default adapts the four projections of attention."""
-        return set(self.targets) == set(PAPER_TARGETS)
 
     @property
     def local(self) -> bool:
@@ -78,10 +63,8 @@ def look_at_model(name: str) -> ModelFacts:
     tokenizer = load_tokenizer(config)
     check_tokenizer(tokenizer, base, name)
     check_weights(config, base)
+    target_names(base, LoraSettings(r=1))  # refuses a base that LoRA cannot adapt
     linear = adaptable_modules(base)
-    targets = target_names(base, LoraSettings(r=1))
-    ends = tuple(f".{target}" for target in targets)
-    sizes = {module: sum(features(linear[module])) for module in linear}
     text_config = base.config.get_text_config()
 
     return ModelFacts(
@@ -92,11 +75,7 @@ def look_at_model(name: str) -> ModelFacts:
         dtype=str(dtype_of(config)).removeprefix("torch."),
         context=context_length(base),
         tokenizer=tokenizer,
-        targets=tuple(targets),
-        adapted=sum(
-            size for module, size in sizes.items() if module in targets or module.endswith(ends)
-        ),
-        adapted_everywhere=sum(sizes.values()),
+        adapted=sum(sum(features(module)) for module in linear.values()),
         narrowest=min((min(features(module)) for module in linear.values()), default=1),
     )
 

@@ -104,11 +104,6 @@ class Answers:
         return aim_of(self.model.parameters, private="privacy" in self.limits)
 
     @property
-    def everywhere(self) -> bool:
-        """Return whether LoRA adapts all linear modules."""
-        return self.small or not self.model.has_paper_targets
-
-    @property
     def rank(self) -> int:
         """Return the rank of the adapter."""
         return min(LoraSettings().r, self.model.narrowest)
@@ -116,8 +111,7 @@ class Answers:
     @property
     def adapter_values(self) -> int:
         """Return the values of the adapter."""
-        of_rank_1 = self.model.adapted_everywhere if self.everywhere else self.model.adapted
-        return self.rank * of_rank_1
+        return self.rank * self.model.adapted
 
     @property
     def rate(self) -> float:
@@ -201,19 +195,6 @@ def _lora(answers: Answers) -> Section:
     if answers.rank != LoraSettings().r:
         why = "no linear module of the model is wider"
         settings.append(Setting("r", answers.rank, why))
-    if answers.everywhere and answers.model.has_paper_targets:
-        why = "a small model is new to the task, and attention alone learns it slowly"
-        settings.append(Setting("target_modules", "all-linear", why))
-    elif answers.everywhere:
-        usual = ", ".join(answers.model.targets[:4])
-        settings.append(
-            Setting(
-                "target_modules",
-                "all-linear",
-                "the model has no q_proj, k_proj, v_proj and o_proj, the usual four; PEFT's choice "
-                f"would be {usual}",
-            )
-        )
     return Section("[lora]", settings)
 
 
