@@ -185,7 +185,8 @@ def engine_size() -> str:
         "medians over rounds, at a site the mean of both. Both sites and the server share two "
         "cores, with the priority of real time over all else on the machine. Rounds to the target "
         f"are those of the benchmarks with a small model (`{settings['cell_of_rounds']}`), so "
-        "seconds to the target are computed and not measured; `-` is not known."
+        "seconds to the target are computed and not measured: all rounds, less one download, since "
+        "round 1 has none; `-` is not known."
     )
     return listing("engine_size.json", "size", columns, words)
 
