@@ -57,6 +57,6 @@ def digest(state: Named) -> str:
     for name, tensor in sorted(state.items()):
         total.update(f"{name} {tuple(tensor.shape)}\n".encode())
         if name in filled and tensor.any():
-            total.update(tensor.contiguous().numpy().data)
+            total.update(tensor.flatten().view(torch.uint8).numpy().data)
 
     return total.hexdigest()[:32]

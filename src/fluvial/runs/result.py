@@ -141,16 +141,21 @@ def described(method: str, traits: Traits, codec: str | None) -> dict[str, Any]:
     }
 
 
-def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict[str, Any]:
-    """Return the bytes of a run as they were sent, and their ratios to `raw`.
+def traffic_of(
+    totals: BytesByKind, setup: BytesByKind, size: int, trained: Sequence[int]
+) -> dict[str, Any]:
+    """Return the bytes of a run as they were sent, and their ratios to those without compression.
 
-    `raw` counts the bytes of the uncompressed updates of the same rounds and sites, also of those
-    that the method dropped; None where no update is sent.
+    An uncompressed update has `size` bytes, 0 where no update is sent, and each round has so many
+    `trained` ones, also those that the method dropped. Downloads are as many, but for round 1,
+    whose start the sites make themselves.
     """
+    raw_up, raw_down = size * sum(trained), size * sum(trained[1:])
     setup_up = directed(setup, "up")
     setup_down = directed(setup, "down")
     up = directed(totals, "up") - setup_up
     down = directed(totals, "down") - setup_down
+    total = up + down + setup_up + setup_down
 
     return {
         "bytes": {
@@ -158,13 +163,14 @@ def traffic_of(totals: BytesByKind, setup: BytesByKind, raw: int | None) -> dict
             "down": down,
             "setup": setup_up + setup_down,
             "setup_up": setup_up,
-            "up_raw": raw or 0,
+            "up_raw": raw_up,
+            "down_raw": raw_down,
             "evaluate": sum(size for (_, task), size in totals.items() if task == MEASURING),
             "by_kind": {f"{way} {task}": size for (way, task), size in sorted(totals.items())},
         },
-        "round_ratio": up / raw if raw else None,
-        "amortised_ratio": (up + down + setup_up + setup_down) / (2 * raw) if raw else None,
-        "amortised_uplink_ratio": (up + setup_up) / raw if raw else None,
+        "round_ratio": up / raw_up if raw_up else None,
+        "amortised_ratio": total / (raw_up + raw_down) if raw_up else None,
+        "amortised_uplink_ratio": (up + setup_up) / raw_up if raw_up else None,
     }
 
 

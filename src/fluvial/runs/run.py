@@ -194,7 +194,8 @@ class Run:
 
         self.server = server
         self.fleet = assemble(config, folder, pool, texts)
-        self.trained = 0
+        self.trained: list[int] = []
+        """Updates by round, with those that were dropped: they were sent too."""
         """Updates that sites have sent so far, those that a method dropped among them."""
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
@@ -250,9 +251,7 @@ class Run:
             metrics = self._checked("round", self.server.round(number, self.fleet), dict)
         place = f"round of method {self.config.method.name!r}: its metrics"
         check_metrics(place, metrics)
-
-        # Dropped updates were sent too: the ratios to `raw` count what was sent on both sides.
-        self.trained += self.fleet.meter.num_answered(beside=(INSTALL, AUDIT))
+        self.trained.append(self.fleet.meter.num_answered(beside=(INSTALL, AUDIT)))
 
         if self.config.evaluate.every and number % self.config.evaluate.every == 0:
             metrics |= self._heldout_of_round(number)
@@ -317,7 +316,7 @@ class Run:
         values: dict[str, Value] = {
             "server": state.values,
             "setup": self.setup,
-            "trained": self.trained,
+            "trained": [*self.trained],
             "fleet": self.fleet.state(),
             "wall_s": self._elapsed(),
             "meter": _listed(self.fleet.meter.totals),
@@ -337,7 +336,10 @@ class Run:
         self.folder.go_back_to(round)
         self.fleet.restore(checkpoint.value("fleet", dict), round)
         self.server.restore(Payload(checkpoint.tensors, checkpoint.value("server", dict)))
-        self.setup, self.trained = checkpoint.value("setup", dict), checkpoint.value("trained", int)
+        self.setup, self.trained = (
+            checkpoint.value("setup", dict),
+            checkpoint.value("trained", list),
+        )
         self._wall_s = checkpoint.value("wall_s", float)
         self.fleet.meter.totals = _table(checkpoint.value("meter", list))
         self.setup_bytes = _table(checkpoint.value("setup_meter", list))
@@ -355,9 +357,7 @@ class Run:
         base = self.server.measure(self.fleet, reporting, round=rounds, which="base")
         final = self.server.measure(self.fleet, reporting, round=rounds, which="final")
         export = self.server.export(self.fleet, reporting, final)
-        sends = self.config.entry.traits.sends != "nothing"
-        raw = self.pool.layout.raw_bytes * self.trained if sends else None
-
+        size = self.pool.layout.raw_bytes if self.config.entry.traits.sends != "nothing" else 0
         result = result_of(
             self.config,
             self.folder.path,
@@ -366,7 +366,7 @@ class Run:
             final=final,
             export=export,
             tasks=measure_tasks(self.config, self.pool, self.folder.path, export),
-            traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, raw),
+            traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, size, self.trained),
             setup=self.setup,
             wall_s=self._elapsed(),
             texts=self.texts,

@@ -36,6 +36,7 @@ def test_a_digest_is_that_of_names_shapes_and_values() -> None:
     assert len({digest(state), *map(digest, others)}) == 5
     assert digest({**state, "q.lora_B.weight": no_change((32, 4))}) == digest(state)
     assert digest(dict(reversed(state.items()))) == digest(state)
+    assert digest({name: state[name].bfloat16()}) != digest({name: state[name]})
 
 
 def test_only_the_start_is_left_out_and_only_for_sites_that_make_it() -> None:

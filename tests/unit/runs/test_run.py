@@ -94,10 +94,12 @@ def test_bytes_are_the_frames_and_their_envelopes(
     result = run_table(run_config, tmp_path / "run")
     frames = 6 * (layout.raw_bytes + OVERHEAD)
     assert result["bytes"]["up_raw"] == 6 * layout.raw_bytes
+    assert result["bytes"]["down_raw"] == 3 * layout.raw_bytes  # round 1 has no adapter
     assert 0 < result["bytes"]["up"] - frames < 6 * 50
-    assert 0 < result["bytes"]["down"] - frames // 2 < 6 * 100  # round 1 has no adapter
+    assert 0 < result["bytes"]["down"] - frames // 2 < 6 * 100
     assert result["bytes"]["setup"] == 0
     assert result["round_ratio"] == result["bytes"]["up"] / result["bytes"]["up_raw"]
+    assert 1 < result["amortised_ratio"] < 1.1
 
 
 def test_the_adapter_loads_with_peft_and_gives_the_measured_loss(
