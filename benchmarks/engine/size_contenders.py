@@ -29,7 +29,7 @@ NAMES = (
 _TRELLIS = {"name": "trellis", "rate": 142, "error_feedback": True}
 _SMALL = {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}
 _BUDGET_SCALE = _SMALL | {"lora_alpha": 16}
-"""A budget chooses the rank and leaves alpha as it is, so a smaller rank has a larger scale."""
+"""The bed of `benchmarks.budget` has alpha 16 at every rank."""
 BUDGET = "budget: r 2, trellis 1/142"
 """Choice of `benchmarks.budget`, with the scale of rank 8."""
 CONTENDERS = (
