@@ -1,5 +1,8 @@
 """Tables of the benchmark of CG-FedLLM."""
 
+from statistics import mean
+from typing import Any
+
 from table_parts import claims, read, table
 
 from fluvial.formatting import human_ratio
@@ -54,6 +57,51 @@ def gate() -> str:
             "are half as wide: there the paper's autoencoder needs padding and so more bytes.",
             table(rows),
         ]
+    )
+
+
+def training() -> str:
+    """Return what the training of the paper's autoencoder changes, and what rounds with it keep."""
+    found = read("cgfedllm_autoencoder.json")
+    headings = ["objects", "rate", "learning rate", "schedule", "squares", "error", "bound"]
+    gates = [[*headings, "cosine", "gate"]]
+    runs: dict[int, list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        if row["what"] == "loss":
+            runs.setdefault(row["rate"], []).append(row)
+            continue
+        gates.append(
+            [
+                row["kind"],
+                f"1/{row['rate']}",
+                f"{row['learning_rate']:g}",
+                row["schedule"],
+                str(row["crop"]),
+                f"{row['error']:.3f}",
+                f"{row['bound']:.3f}",
+                f"{row['cosine']:.3f}",
+                "passes" if row["passes"] else "refused",
+            ]
+        )
+
+    losses = [["rate", "seeds", "loss", "share of the gain that is kept"]]
+    plain = {row["seed"]: row["loss"] for row in runs[1]}
+    for rate, some in sorted(runs.items()):
+        kept = [
+            (row["base_loss"] - row["loss"]) / (row["base_loss"] - plain[row["seed"]])
+            for row in some
+        ]
+        losses.append(
+            [
+                "uncompressed" if rate == 1 else f"1/{rate}",
+                str(len(some)),
+                f"{mean(row['loss'] for row in some):.4f}",
+                f"{100 * mean(kept):.0f} % ({100 * min(kept):.0f} to {100 * max(kept):.0f})",
+            ]
+        )
+
+    return "\n\n".join(
+        [table(gates), "Federated rounds with the defaults, the gate set to report:", table(losses)]
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from block_tables import block_compute, block_downloads, block_losses, block_memory
-from cgfedllm_tables import gate, loss, parts
+from cgfedllm_tables import gate, loss, parts, training
 from codec_tables import adapters, budget, default_adapter, distortion, driven, speed, target
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
@@ -287,7 +287,12 @@ def quantised_merging() -> str:
 
 TABLES = {
     "README.md": {"results": quickstart},
-    "docs/methods/cgfedllm.md": {"gate": gate, "loss": loss, "parts": parts},
+    "docs/methods/cgfedllm.md": {
+        "gate": gate,
+        "loss": loss,
+        "training": training,
+        "parts": parts,
+    },
     "docs/methods/fedcybgd.md": {
         "losses": block_losses,
         "download": block_downloads,
