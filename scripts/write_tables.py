@@ -80,8 +80,9 @@ def quickstart() -> str:
             f"torch {result['versions']['torch']}, two CPU cores.",
             table(_columns(rows, QUICK)),
             f"The run in one line: {result['verdict']['line']}.",
-            result_caption(rows[0]),
-            answers_caption(result),
+            result_caption(rows[0], result=result),
+            # The caption above says already that values are means over the sites.
+            f"Of the scores of answers, {answers_caption(result).partition('; ')[2]}",
             "Loss is the mean of -ln p over the tokens of the answers, where p is the model's "
             "probability of the right token; its unit is the nat, and lower is better. It falls at "
             f"every site, by {gains[least]:.2f} ({least}) to {max(gains.values()):.2f} nats. "

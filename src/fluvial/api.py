@@ -79,7 +79,7 @@ class Result:
             "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
             for row in rows
         )
-        caption = html.escape(result_caption(self.rows[0], Rates.of(self.config)))
+        caption = html.escape(result_caption(self.rows[0], Rates.of(self.config), self.values))
         return (
             f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
             f"<p>{html.escape(self.verdict)}</p><p><small>{caption}</small></p>"

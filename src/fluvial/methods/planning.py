@@ -18,6 +18,9 @@ from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
 
+UNCOUNTED = "headers, measures apart"
+"""What the predicted bytes of a whole run leave out."""
+
 OPTIMIZER_BYTES = 16
 """Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""
 OWN_CODE = "the method's own code: see the bytes of a site in a round"
@@ -108,7 +111,7 @@ def coded(
     downloads = given.rounds - (given.downlink is not None or starts(received))
     rows = [
         *frame_rows(config, given, frame),
-        ("down, whole run", f"{down * cohort * downloads:,} B to all sites, without headers"),
+        ("down, whole run", f"{down * cohort * downloads:,} B to all sites, {UNCOUNTED}"),
         *memory_rows(given, sent),
     ]
     if given.line is None:
@@ -156,7 +159,7 @@ def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRo
         ]
     return [
         ("frame of an update", size),
-        ("up, whole run", f"{total:,} B from all sites, without headers"),
+        ("up, whole run", f"{total:,} B from all sites, {UNCOUNTED}"),
     ]
 
 

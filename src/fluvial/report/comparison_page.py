@@ -147,7 +147,8 @@ def _curves_caption(compared: Compared, drawn: Sequence[ComparedContender]) -> s
     if len(drawn) < len(compared.contenders):
         words += f" Drawn: the baseline, and the {len(drawn) - 1} contenders of the lowest loss."
     return (
-        f"{words} Bytes: set-up included. Time: of the rounds, set-up and final measures left out."
+        f"{words} Bytes: of training and set-up; held-out measures apart. Time: of the rounds, "
+        "set-up and final measures left out."
     )
 
 

@@ -7,7 +7,7 @@ from rich.text import Text
 from scipy import stats
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, safe_text
-from fluvial.report.result_tables import ANSWER_SCORES
+from fluvial.report.result_tables import ANSWER_SCORES, COUNTED
 from fluvial.report.tables import table
 from fluvial.runs.comparison.gathering import is_loss
 from fluvial.runs.comparison.judging import (
@@ -30,8 +30,8 @@ NAMES = {
 }
 """Names of measures in tables."""
 COSTS_CAPTION = (
-    "Means over the seeds. Up and down: bytes of one site in all rounds, with set-up. Amortised: "
-    "all bytes in both directions, against an uncompressed run of the same rounds. Time: the "
+    f"Means over the seeds. Up and down of one site: {COUNTED}. Amortised: these bytes in both "
+    "directions, against an uncompressed run of the same rounds. Time: the "
     "method with its set-up and measures, without its baselines. Peak memory: the largest of the "
     "runs, each in a process of its own, baselines included."
 )

@@ -2,7 +2,7 @@
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.axes import SCORES
-from fluvial.report.result_tables import verdict_of
+from fluvial.report.result_tables import COUNTED, verdict_of
 from fluvial.runs.verdict import loss_of
 from fluvial.storage.run_files import JsonObject
 
@@ -70,7 +70,7 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
             {
                 "what": "amortised, of uncompressed",
                 "value": human_ratio(result["amortised_ratio"]),
-                "note": "all bytes in both directions, set-up included",
+                "note": COUNTED,
             },
         ]
 

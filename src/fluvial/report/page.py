@@ -149,7 +149,9 @@ def _content(run: JsonObject) -> JsonObject:
         "tiles": tiles(run, score) if result else [],
         "tables": _tables(rows) if rows else [],
         "tasks": tasks_of_run(result or {}),
-        "caption": _caption(result, config, result_caption(rows[0], rates)) if result else "",
+        "caption": _caption(result, config, result_caption(rows[0], rates, result))
+        if result
+        else "",
         "axes": _axes(runs, score),
         "runs": legend([(each.name, each.colour) for each in runs]),
         "maps": _maps(result or {}),

@@ -44,6 +44,8 @@ ANSWER_SCORES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROU
 INTERVAL = "95 % interval"
 TRAFFIC = ("up per site", "round ratio", "amortised")
 """Headings of what sites and server send; the time of these bytes follows."""
+COUNTED = "all bytes of training and set-up; held-out measures apart"
+"""The bytes that amortised ratios count."""
 
 
 def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
@@ -121,7 +123,8 @@ def interval_words(share: float | None, questions: float) -> str:
 
 
 def _line_time(traffic: JsonObject, rates: Rates) -> str:
-    """Return the time of one site's bytes, both ways and with set-up, on a line of its own."""
+    """Return the time of one site's bytes of training and set-up, both ways, on a line of its
+    own."""
     if "bytes" not in traffic or traffic.get("round_ratio") is None:
         return "-"
     sent = traffic["bytes"]
@@ -130,16 +133,26 @@ def _line_time(traffic: JsonObject, rates: Rates) -> str:
     return human_seconds(rates.seconds(up / traffic["sites"], down / traffic["sites"]))
 
 
-def result_caption(headings: Sequence[str], rates: Rates = PLAIN) -> str:
-    """Return the meaning of the columns of `result_rows`, below each table of results."""
+def result_caption(
+    headings: Sequence[str], rates: Rates = PLAIN, result: JsonObject | None = None
+) -> str:
+    """Return the meaning of the columns of `result_rows`, below each table of results, with the
+    bytes of the held-out measures of `result`."""
     pooled = "; pooled: over all their label tokens, which is all that a central run has"
     return (
         "Held-out values are means over the sites, each counting the same"
         f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds; round "
         "ratio: these against uncompressed updates; local training only reports its loss. "
-        "Amortised: all bytes of the run, in both directions and with what is sent before round 1, "
-        f"against those of the same run without compression. {rates.words}"
+        "Amortised: all bytes of training and set-up, in both directions, against those of the "
+        f"same run without compression; held-out measures apart{_measure_words(result)}. "
+        f"{rates.words}"
     )
+
+
+def _measure_words(result: JsonObject | None) -> str:
+    """Return the bytes of held-out measures in brackets, "" where there are none."""
+    size = ((result or {}).get("bytes") or {}).get("evaluate")
+    return f" ({human_bytes(size / result['sites'])} of a site here)" if result and size else ""
 
 
 def answers_caption(result: JsonObject) -> str:
@@ -174,7 +187,7 @@ def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
     """
     rates = Rates.of(config)
     headings, *rows = result_rows(result, rates)
-    caption = result_caption(headings, rates) + cut_words(config)
+    caption = result_caption(headings, rates, result) + cut_words(config)
     scores = [at for at, heading in enumerate(headings) if heading in ANSWER_SCORES.values()]
     scores += [at for at, heading in enumerate(headings) if heading == INTERVAL]
     others = [at for at in range(1, len(headings)) if at not in scores]

@@ -46,7 +46,7 @@ from fluvial.methods.fedcybgd.visit_sizes import (
 )
 from fluvial.methods.idle import idle_feedback
 from fluvial.methods.interface import CheckRow, Forecast, Given, Method, Plan, Traits
-from fluvial.methods.planning import frame_rows, uncoded
+from fluvial.methods.planning import UNCOUNTED, frame_rows, uncoded
 from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, coded_frame, unknown
 from fluvial.models.frozen import check_streams
 from fluvial.models.tuning import tuned_layout
@@ -211,7 +211,10 @@ def forecast(config: FedCyBgdConfig, given: Given, sent: Layout) -> Forecast:
         ("blocks", f"{len(parts)} of up to {sizes.block:,} values"),
         ("in no block, never trained", f"{parts.fixed.numel:,}"),
         ("down to a site in a cycle", f"about {down:,} B as {config.download.form!r}"),
-        ("down, whole run", f"about {down * given.sites * given.rounds:,} B to all sites"),
+        (
+            "down, whole run",
+            f"about {down * given.sites * given.rounds:,} B to all sites, {UNCOUNTED}",
+        ),
         (
             "memory of a site",
             f"{used.visit():,} B and activations{' and the base' if adapter else ''}",
