@@ -19,8 +19,8 @@ from fluvial.codecs.naming import configured_in
 from fluvial.errors import ConfigError, WireError
 from fluvial.exchange.coding import Plain
 from fluvial.exchange.difference import REFERENCE, Difference
-from fluvial.exchange.gathering import STALE
-from fluvial.exchange.start import START, adapter_or_start, checked_start, start_message
+from fluvial.exchange.gathering import STALE, START
+from fluvial.exchange.start import adapter_or_start, checked_start, start_message
 from fluvial.federation.sites import (
     Sent,
     Site,
@@ -209,6 +209,8 @@ def receive(site: Site, message: Payload, factors: Sent = "A and B") -> Named | 
     """
     layout = received_layout(site.layout, factors)
     if site.downlink is None:
+        if START in message.values and message.value("round", int) != 1:
+            raise WireError("only round 1 begins with a start")
         return adapter_or_start(site, message, layout)
 
     version = message.whole("version", 0, site.rounds)

@@ -21,6 +21,8 @@ T = TypeVar("T")
 
 STALE = Payload(values={"stale": True})
 """A site's answer when it lacks what the message builds on, and must be sent everything."""
+START = "start"
+"""Value of a message: the digest of the start that it builds on."""
 OTHER_START = Payload(values={"stale": "start"})
 """The same answer where the site makes another start than the server's (see `start`)."""
 
@@ -79,11 +81,12 @@ def ask_stale_again(
 
     for again in (False, True):
         stale = []
+        sent = messages(waiting)
         for reply in fleet.ask(
             task,
-            messages(waiting),
+            sent,
             round=round,
-            read=partial(_read_unless_stale, read, again),
+            read=partial(_read_unless_stale, read, again, sent),
             alone=False,
         ):
             if not isinstance(reply.content, _Stale):
@@ -117,13 +120,20 @@ class _Stale:
 
 
 def _read_unless_stale(
-    read: Callable[[str, Payload], T], again: bool, site: str, reply: Payload
+    read: Callable[[str, Payload], T],
+    again: bool,
+    sent: Mapping[str, Payload],
+    site: str,
+    reply: Payload,
 ) -> T | _Stale:
-    """Return what `read` makes of a reply; raise `WireError` for one that is stale again."""
+    """Return what `read` makes of a reply; raise `WireError` for one that is stale again, or that
+    has another start than one that was not sent."""
     if not is_stale(reply):
         return read(site, reply)
     if again:
         raise WireError("the site cannot follow even after everything was sent again")
+    if has_other_start(reply) and START not in sent[site].values:
+        raise WireError("the site answers that it makes another start, and was sent no digest")
     return _Stale(has_other_start(reply))
 
 

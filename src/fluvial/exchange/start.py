@@ -5,9 +5,11 @@ another digest says so and is sent the server's, so that all sites begin from th
 """
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 
-from fluvial.exchange.gathering import OTHER_START
+from fluvial.errors import WireError
+from fluvial.exchange.gathering import OTHER_START, START
 from fluvial.federation.sites import Site, adapter_message, read_adapter_message
 from fluvial.models.states import digest, initial_state
 from fluvial.wire.payload import Payload, Value
@@ -15,8 +17,7 @@ from fluvial.wire.tensors import Layout, Named
 
 logger = logging.getLogger(__name__)
 
-START = "start"
-"""Value of a message: the digest of the start that it builds on."""
+_DIGEST = re.compile(r"[0-9a-f]{32}")
 
 
 def start_message(start: str, values: Mapping[str, Value]) -> Payload:
@@ -43,16 +44,23 @@ class Starts:
 def adapter_or_start(site: Site, message: Payload, layout: Layout) -> Named | Payload:
     """Return the adapter that `message` brings, or the start that it names.
 
-    Return `OTHER_START`, the site's answer, where the site makes another one.
+    Return `OTHER_START`, the site's answer, where the site makes another one. Raises `WireError`
+    for a start beside tensors.
     """
     if START in message.values:
+        if message.tensors:
+            raise WireError("a message with a start has no tensors")
         return checked_start(site, message, initial_state(layout, site.seed))
     return read_adapter_message(message, layout)
 
 
 def checked_start(site: Site, message: Payload, start: Named) -> Named | Payload:
-    """Return `start` where it is the one that `message` names, else `OTHER_START`."""
-    if digest(start) == message.value(START, str):
+    """Return `start` where it is the one that `message` names, else `OTHER_START`; raises
+    `WireError` for what is no digest."""
+    named = message.value(START, str)
+    if not _DIGEST.fullmatch(named):
+        raise WireError("the start of a message is no digest of 32 hexadecimal digits")
+    if digest(start) == named:
         return start
 
     logger.warning(

@@ -8,7 +8,7 @@ from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.exchange import reports_error
-from fluvial.exchange.start import START
+from fluvial.exchange.gathering import START
 from fluvial.models.adapters import is_side
 from fluvial.wire.payload import Payload, Value, frame_payload
 from fluvial.wire.tensors import Layout

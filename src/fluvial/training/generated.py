@@ -182,17 +182,18 @@ def _mean_interval(
 ) -> Interval | float:
     """Return the mean of `values` with its bootstrap interval over distinct questions.
 
-    `same` has the places of each distinct question. Where all values are alike, the interval of a
-    share is the exact one, and any other value is returned without an interval.
+    `same` has the places of each distinct question. Where all answers are right, or all are wrong,
+    the interval of a share is the exact one; any other mean that all questions have is returned
+    without an interval.
     """
     counts = [len(places) for places in same]
     means = [_mean([values[place] for place in places]) for places in same]
     found = bootstrap(means, seed, counts)
     if found is not None:
         return found
-    if shares:
+    if shares and means[0] in (0.0, 1.0):
         count = math.floor(independent(counts))
-        return exact_interval(round(means[0]) * count, count)
+        return exact_interval(int(means[0]) * count, count)
     return means[0]
 
 

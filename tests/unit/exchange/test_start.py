@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fluvial.errors import WireError
 from fluvial.exchange import downlink, start
 from fluvial.exchange.downlink import Downlink
-from fluvial.exchange.start import START
+from fluvial.exchange.gathering import START
 from fluvial.models.states import digest, initial_state, no_change
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.seeds import derive
+from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
 from tests.support.runs import run_table, run_with_stops
 
@@ -54,6 +57,21 @@ def test_only_the_start_is_left_out_and_only_for_sites_that_make_it() -> None:
     resumed = Downlink(None, 1, begun)
     resumed.advance(initial_state(LAYOUT, 2), 1)
     assert resumed.message("a", {"round": 1}).tensors, "another adapter than the start"
+
+
+@pytest.mark.parametrize(
+    ("message", "why"),
+    [
+        (Payload(values={"round": 3, START: "0" * 32}), "only round 1 begins with a start"),
+        (Payload({"x": torch.ones(3)}, {"round": 1, START: "0" * 32}), "has no tensors"),
+        (Payload(values={"round": 1, START: "F" * 32}), "no digest of 32"),
+        (Payload(values={"round": 1, START: ""}), "no digest of 32"),
+    ],
+)
+def test_a_start_out_of_its_place_is_refused(message: Payload, why: str) -> None:
+    site: Any = SimpleNamespace(name="north", seed=1, layout=LAYOUT, downlink=None)
+    with pytest.raises(WireError, match=why):
+        downlink.receive(site, message)
 
 
 CASES: dict[str, Table] = {

@@ -68,6 +68,12 @@ def test_the_choice_is_within_its_bytes_and_shown(table: Table, tmp_path: Path) 
     assert json.loads(done.stdout) == choice
 
 
+def test_trials_are_no_longer_than_the_run(table: Table, tmp_path: Path) -> None:
+    short = table | {"rounds": 2, "budget": table["budget"] | {"trial_rounds": 8}}
+    result = run_table(short, tmp_path / "run")
+    assert max(trial["rounds"] for trial in result["setup"]["budget"]["trials"]) == 2
+
+
 def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:
     table = table | {"compare": ["local"]}  # a baseline has the chosen adapter and no budget
     straight = run_table(table, tmp_path / "a")
@@ -224,6 +230,7 @@ def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
         ({"method": {"name": "ecolora"}}, "shares no adapter of one layout"),
         ({"method": {"name": "cgfedllm"}}, "more than the budget counts"),
         ({"tune": "full", "lora": {}}, "all weights are tuned"),
+        ({"rounds": 1}, "one round leaves nothing to try"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused(table: Table, change: Table, message: str) -> None:

@@ -140,7 +140,7 @@ class Canvas:
         if self.mode == "grouped":
             return
 
-        remedy = 'set `codec.canvas = "grouped"`'
+        remedy = 'set lora.target_modules = "attention", codec.canvas = "grouped", or another codec'
         first = self.slots[0]
         for slot in self.slots:
             if slot.rows != first.rows:

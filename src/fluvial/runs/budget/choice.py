@@ -82,7 +82,7 @@ class _Search:
         self, config: RunConfig, budget: BudgetConfig, pool: ModelPool, texts: Texts
     ) -> None:
         self.config = config
-        self.budget = budget
+        self.budget = budget.within(config.rounds)
         self.free = opened(config)
         self.costs = Costs(config, budget, texts)
         self.texts = texts

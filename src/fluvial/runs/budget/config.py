@@ -1,7 +1,7 @@
 """Settings of a budget: what a run may cost, and what is tried within it."""
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -38,10 +38,14 @@ class BudgetConfig(Settings):
     """Candidates of the downlink's codec, where there is no `[downlink]` and `run_s` limits the
     time; "exact" codes nothing."""
     trial_rounds: int = Field(8, ge=2, le=10**4)
-    """Rounds of the longest trials; the worse two thirds of the adapters end after a quarter of
-    them, and two thirds of the rest after a half."""
+    """Rounds of the longest trials, at most those of the run; the worse two thirds of the adapters
+    end after a quarter of them, and two thirds of the rest after a half."""
     trial_sites: int = Field(4, ge=2, le=8)
     """Sites that the server simulates on public text, a fifth of which is held out."""
+
+    def within(self, rounds: int) -> Self:
+        """Return these settings for a run of `rounds`, which no trial exceeds."""
+        return self.model_copy(update={"trial_rounds": min(self.trial_rounds, rounds)})
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

@@ -58,7 +58,11 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
         "downlink": "the downlink",
     }
     chosen = ", ".join(words for name, words in names.items() if getattr(free, name))
-    most = _most_steps(budget, free, config.train.steps(0) if config.train.max_steps else None)
+    most = _most_steps(
+        budget.within(config.rounds),
+        free,
+        config.train.steps(0) if config.train.max_steps else None,
+    )
     steps = "" if most is None else f", at most {most:,} optimizer steps at the server"
     return found.config, [
         f"budget: {chosen} will be chosen when the run starts, among "
