@@ -11,6 +11,7 @@ from fluvial.data.forms import FIELDS, Form
 from fluvial.data.partition import Iid, Partition
 from fluvial.data.records import Numbers
 from fluvial.settings import Settings
+from fluvial.storage.kinds import kind_of, taken_over
 
 STDLIB = "stdlib"
 BUNDLED = (STDLIB, "stdlib-keywords")
@@ -27,9 +28,10 @@ class SourceSettings(Settings):
     columns: dict[str, str] | None = None
     """Columns of the source, our field = its column; {} where none is renamed."""
     encoding: str | None = None
-    """Encoding of the source's files."""
+    """Encoding of the source's files; unset, that of [data] for files of the same kind, else
+    UTF-8."""
     delimiter: str | None = None
-    """Character between the columns of the source's CSV files."""
+    """Character between the columns of the source's CSV files; unset, as `encoding`."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
@@ -155,6 +157,7 @@ class DataConfig(Settings):
         """Return the settings of a site that `by_site` names, as if it had its records alone."""
         table = self.model_dump(exclude_unset=True, exclude={"by_site", "sites"})
         own = self.by_site[name].model_dump(exclude_unset=True, exclude_none=True)
+        table = taken_over(table, "", kind_of(self.by_site[name].source))
         if "heldout_source" in own:
             table.pop("heldout_share", None)
         return DataConfig.model_validate({**table, **own})
@@ -187,11 +190,19 @@ class DataConfig(Settings):
         default = dict(type(self).model_construct())
         return {name for name, value in self if value != default[name]}
 
-    def reading(self, own: SourceSettings | None = None) -> "ReadingSettings":
-        """Return how a source is read: by its own settings, where those are unset by these."""
+    def reading(
+        self, own: SourceSettings | None = None, name: str | None = None
+    ) -> "ReadingSettings":
+        """Return how a source is read: by its own settings, where those are unset by these.
+
+        `name` is that of a held-out or public source; None for `source` itself.
+        """
         given = {} if own is None else own.model_dump(exclude_none=True)
+        table = self.model_dump(include=set(READING))
+        if name is not None:
+            table = taken_over(table, "" if self.bundled else kind_of(self.source), kind_of(name))
         return ReadingSettings(
-            **(self.model_dump(include=set(READING)) | given),
+            **({"encoding": UTF8, "delimiter": None} | table | given),
             numbers=self.numbers,
             own=frozenset(given),
         )

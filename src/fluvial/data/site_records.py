@@ -93,7 +93,7 @@ class SiteRecords:
             where,
             name,
             wanted,
-            self.config.reading(own),
+            self.config.reading(own, None if where == "data.source" else name),
             strict=where == "data.source" and self.owner is None,
         )
 

@@ -122,7 +122,7 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
         try:
             read = [read_file(path, reading)]
         except DataError as error:
-            faults.include(error)
+            faults.include(_placed(error, source))
             read = []
 
         by_file[path.stem] = _joined(_records(table, source, faults) for table in read)
@@ -157,9 +157,18 @@ def tables(source: Source, faults: Faults) -> list[Table]:
         try:
             read.append(read_file(path, reading))
         except DataError as error:
-            faults.include(error)
+            faults.include(_placed(error, source))
 
     return read
+
+
+def _placed(error: DataError, source: Source) -> DataError:
+    """Return the faults of a file with the settings of its own source in their remedies."""
+    own = source.where.removesuffix("_source")
+    if own not in ("data.heldout", "data.public"):
+        return error
+    faults = [fault.replace("data.encoding", f"{own}.encoding") for fault in error.faults]
+    return DataError(faults, error.count)
 
 
 def _files(source: Source, *, one_kind: bool = True) -> list[Path]:

@@ -41,8 +41,9 @@ def own_reading(
 ) -> dict[str, Any]:
     """Return what a folder tells about its `run`, with [data] as the run reads the file `records`.
 
-    That is the table of `site`, or of the site whose own file this is. Held-out and public records
-    of the run have their own settings. Raises `ConfigError` for a site without a table.
+    That is the table of `site`, or of the sites whose own file this is. Held-out and public records
+    of the run have their own settings. Raises `ConfigError` for a site without a table, and for a
+    file that the tables of two sites read in two ways.
     """
     config = exported.config_around(folder) if folder.is_dir() else None
     if config is None:
@@ -65,8 +66,13 @@ def own_reading(
     own = [_reading(table, records) for table in map(tables.__getitem__, chosen)]
     if not tables:
         own = [_reading(data, records)]
-    if not own or any(other != own[0] for other in own[1:]):
+    if not own:
         return {**run, SITES: list(tables)}
+    if any(other != own[0] for other in own[1:]):
+        raise ConfigError(
+            f"--data {records}: the tables of {', '.join(chosen)} in data.by_site name this file and "
+            "read it in different ways; choose one with --site NAME"
+        )
     return {**run, **own[0], **({AS_SITE: ", ".join(chosen)} if chosen else {})}
 
 
@@ -81,7 +87,7 @@ def _reading(data: DataConfig, records: Path | None) -> dict[str, Any]:
     table = data.model_dump(mode="json")
     for name, own in ((data.heldout_source, data.heldout), (data.public_source, data.public)):
         if _same(records, name):
-            table |= data.reading(own).model_dump(include=set(READING)) | {"source": name}
+            table |= data.reading(own, name).model_dump(include=set(READING)) | {"source": name}
     if records is not None and records.suffix.lower() not in DELIMITED:
         table["delimiter"] = None
 

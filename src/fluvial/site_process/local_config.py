@@ -15,6 +15,7 @@ from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.site_file import SiteFile
+from fluvial.storage.kinds import kind_of, taken_over
 
 INDEPENDENT = (
     "form",
@@ -71,6 +72,7 @@ def _data(run: DataConfig, site: SiteFile) -> dict[str, Any]:
         own = {name: value for name, value in settings.items() if name in INDEPENDENT}
         if site.data.heldout_source is not None:
             own.pop("heldout_share", None)
+        own = taken_over(own, kind_of(run.source), kind_of(site.data.source))
         return {**own, **site.data.model_dump(exclude_none=True)}
 
     if run.by_site:

@@ -12,6 +12,7 @@ from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.storage.files import read_object
+from fluvial.storage.kinds import kind_of, taken_over
 from fluvial.storage.run_files import CONFIG
 
 FILE = "fluvial.json"
@@ -23,8 +24,6 @@ PLACES = frozenset(
 )
 """Settings of [data] that say where text lies, who has it and how training joins it; the others say
 how a record is read and scored."""
-BY_FILE = ("encoding", "delimiter")
-"""Settings of [data] that hold for files of the run's own kind only."""
 QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")
 """Settings of [model] about quantised weights."""
 BASE_DIGEST = "base_digest"
@@ -43,15 +42,8 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         "data": {key: value for key, value in data.items() if value is not None},
         "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
         "site_column": partition.get("column") if partition.get("by") == "column" else None,
-        "suffix": _suffix(Path(str(resolved.get("data", {}).get("source", ""))).expanduser()),
+        "suffix": kind_of(str(resolved.get("data", {}).get("source", ""))),
     }
-
-
-def _suffix(source: Path) -> str:
-    """Return the kind of a source's files, a folder's by the first of them."""
-    if source.is_dir():
-        return next((path.suffix for path in sorted(source.iterdir()) if path.suffix), "")
-    return source.suffix
 
 
 def write(
@@ -98,9 +90,8 @@ def config_around(folder: Path) -> dict[str, Any] | None:
 
 def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
     """Return the table [data] for records in `path`, as the run read its own."""
-    data = dict(settings.get("data", {}))
-    same = path is not None and path.suffix == settings.get("suffix", "")
-    return data if same else {key: value for key, value in data.items() if key not in BY_FILE}
+    kind = "" if path is None else kind_of(path)
+    return taken_over(settings.get("data", {}), settings.get("suffix", "").lower(), kind)
 
 
 def _tables(path: Path) -> dict[str, Any] | None:

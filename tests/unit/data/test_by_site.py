@@ -158,3 +158,54 @@ def test_a_remedy_names_the_table_of_the_site(by_site: dict[str, Any]) -> None:
 def test_a_split_that_no_site_has_is_refused(by_site: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="data.split='other': without effect"):
         SiteRecords(DataConfig(by_site=by_site, split="other"), 0, None).read(Faults())
+
+
+@pytest.mark.parametrize(
+    ("kind", "own", "asked"),
+    [
+        ("jsonl", {}, "\u00fc"),
+        ("jsonl", {"encoding": "cp1252"}, "\u00c3\u00bc"),
+        ("csv", {}, "\u00c3\u00bc"),
+        ("csv", {"encoding": "utf-8"}, "\u00fc"),
+    ],
+)
+@pytest.mark.parametrize("of_all", [False, True])
+def test_an_encoding_holds_for_files_of_one_kind(
+    tmp_path: Path, kind: str, own: dict[str, Any], asked: str, of_all: bool
+) -> None:
+    """UTF-8 in a held-out file beside a spreadsheet in another encoding, also where [data] names
+    the encoding for all sites."""
+    (tmp_path / "a.csv").write_text("prompt;completion\n\u00fc;c\n\u00fc;c\n", encoding="cp1252")
+    text = {
+        "csv": "prompt;completion\n\u00fc;c\n",
+        "jsonl": '{"prompt": "\u00fc", "completion": "c"}\n',
+    }
+    held = tmp_path / f"held.{kind}"
+    held.write_text(text[kind], encoding="utf-8")
+    reading = {"encoding": "cp1252", "delimiter": ";"}
+    table = {"source": str(tmp_path / "a.csv"), "heldout_source": str(held), "heldout": own}
+    south = {"source": str(tmp_path / "south.jsonl")}
+    (tmp_path / "south.jsonl").write_text(text["jsonl"] * 2, encoding="utf-8")
+    sites: dict[str, Any] = {"north": table if of_all else table | reading, "south": south}
+    shared: dict[str, Any] = {"heldout_share": 0.5, **(reading if of_all else {})}
+    config = DataConfig(**shared, by_site=sites)
+    faults = Faults()
+    parts = SiteRecords(config, 0, None).read(faults)
+    assert not faults.count
+    prompts = [
+        each.content.prompt for each in parts["north"][1] if isinstance(each.content, Answered)
+    ]
+    assert prompts == [asked]
+    assert all(
+        isinstance(each.content, Answered) and each.content.prompt == "\u00fc"
+        for each in (*parts["south"][0], *parts["south"][1], *parts["north"][0])
+    )
+
+
+def test_a_remedy_names_the_heldout_table(by_site: dict[str, Any], tmp_path: Path) -> None:
+    held = tmp_path / "held.jsonl"
+    held.write_text('{"prompt": "\u00fc", "completion": "c"}\n', encoding="cp1252")
+    by_site["north"] |= {"heldout_source": str(held), "encoding": "cp1252"}
+    faults = Faults()
+    assert SiteRecords(DataConfig(by_site=by_site), 0, None).read(faults) == {}
+    assert "set data.by_site.north.heldout.encoding, for instance" in faults.first[0]

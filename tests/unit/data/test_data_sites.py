@@ -386,7 +386,7 @@ def test_an_answer_that_alone_is_too_long_is_cut_at_its_end() -> None:
 def test_each_source_is_read_by_its_own_settings(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"site;frage;antwort\n" + "a;stra\u00dfe;\u00fc\n".encode("cp1252") * 4)
-    held = jsonl(tmp_path / "held.jsonl", {"site": "a", "prompt": "p", "completion": "c"})
+    held = jsonl(tmp_path / "held.jsonl", {"site": "a", "prompt": "\u00fc", "completion": "c"})
     (tmp_path / "public.txt").write_text("one line\n" * 8)
     sites = texts(
         str(path),
@@ -395,10 +395,10 @@ def test_each_source_is_read_by_its_own_settings(tmp_path: Path, tokenizer: Any)
         encoding="cp1252",
         delimiter=";",
         heldout_source=held,
-        heldout={"columns": {}, "encoding": "utf-8"},
+        heldout={"columns": {}},
         public_source=str(tmp_path / "public.txt"),
     )
-    assert sites.load("a").questions == [Question("p", "c")]
+    assert sites.load("a").questions == [Question("\u00fc", "c")]
     assert len(sites.public()) == 8
     assert sites.check() == []
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.errors import ConfigError
-from fluvial.runs.evaluation import evaluation_settings
+from fluvial.runs.evaluation import evaluation_settings, own_reading
 from fluvial.training.folders import kind_of, measured_as
 from tests.support.runs import run_table
 
@@ -141,9 +141,10 @@ def unlike(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     sheet = "".join(f"{ask};{answer}\n" for ask, answer in rows)
     (tmp_path / "north.csv").write_text(f"Frage;Antwort\n{sheet}", encoding="latin-1")
     for name, ours, theirs in (("south", "prompt", "completion"), ("held", "ask", "reply")):
-        lines = [json.dumps({ours: ask, theirs: answer}) + "\n" for ask, answer in rows[:9]]
-        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
-    held = {"columns": {"prompt": "ask", "completion": "reply"}, "encoding": "utf-8"}
+        lines = [{ours: ask, theirs: answer} for ask, answer in rows[:9]]
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (tmp_path / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    held = {"columns": {"prompt": "ask", "completion": "reply"}}
     north = {
         "source": str(tmp_path / "north.csv"),
         "delimiter": ";",
@@ -179,6 +180,22 @@ def test_a_file_is_read_as_the_site_reads_its_own(
     if file == "held.jsonl":
         loss = unlike["heldout_by_site"]["south"]["final"]["loss"]
         assert found["data"]["adapter"]["loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_file_that_two_sites_read_in_two_ways_asks_for_the_site(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a", "completion": "b", "ask": "c"}] * 4
+    file = tmp_path / "both.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    south = {"source": str(file), "columns": {"prompt": "ask"}}
+    data = {"by_site": {"north": {"source": str(file)}, "south": south}}
+    resolved = {"fluvial": "0", **run_config, "data": data}
+    (tmp_path / "config.json").write_text(json.dumps(resolved))
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(ConfigError, match="of north, south in data.by_site .* with --site NAME"):
+        own_reading(tmp_path / "adapter", {}, file, None)
+    assert own_reading(tmp_path / "adapter", {}, file, "south")["data"]["columns"]
 
 
 @pytest.mark.parametrize(
