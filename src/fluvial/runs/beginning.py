@@ -5,7 +5,7 @@ from typing import Any
 
 from fluvial import caller
 from fluvial.errors import CheckpointError
-from fluvial.runs.budget.settled import BUDGET, Open, settle
+from fluvial.runs.budget.settled import BUDGET, Open, opened, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.storage import paths
@@ -18,7 +18,8 @@ def begun(
     """Return the configuration of a run with the choice that it has made within its budget, and
     that choice; None where none was made yet.
 
-    Raises `CheckpointError` if `folder` holds a run and `resume` is not set, or holds another run.
+    Raises `CheckpointError` if `folder` holds a run and `resume` is not set, or holds another run,
+    and `ConfigError` for a budget that cannot choose.
     """
     choice = folder.read_json(BUDGET) if folder.started else None
     chooses = config.budget is not None and Open.of(config)
@@ -28,6 +29,8 @@ def begun(
         )
     if choice is not None:
         config = settle(config, choice)
+    elif config.budget is not None:
+        opened(config)  # which refuses what needs no model to be known
 
     _check_folder(folder, config, resume=resume)
     return config, choice

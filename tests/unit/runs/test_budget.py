@@ -244,9 +244,50 @@ def test_candidates_of_what_is_set_are_refused(table: Table, tmp_path: Path) -> 
         run_table(fixed, tmp_path / "run")
 
 
-def test_a_budget_of_nothing_is_refused(table: Table, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"budget\.up_bytes=100: no adapter of 4 tried"):
-        run_table(table | {"budget": BUDGET | {"up_bytes": 100}}, tmp_path / "run")
+FIXED = {"name": "trellis", "rate": 5.3}
+SMALL = {"budget": BUDGET | {"up_bytes": 300}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget": BUDGET | {"up_bytes": 100}}, "budget.up_bytes=100: no adapter of 4 tried"),
+        (
+            SMALL | {"codec": FIXED},
+            "the codec that is set, 'trellis' at rate=5.3, needs more with each of",
+        ),
+        (
+            SMALL | {"codec": FIXED},
+            "raise codec.rate, remove [codec] so that the budget chooses it",
+        ),
+        (
+            SMALL | {"codec": {"name": "int8"}},
+            "rounds; remove [codec] so that the budget chooses it",
+        ),
+        ({"data": None}, "data.public_source: a budget makes its trials on public text"),
+    ],
+)
+def test_check_and_run_refuse_alike(
+    table: Table, change: Table, message: str, tmp_path: Path
+) -> None:
+    """What does not fit is named with its remedy, before anything is trained."""
+    if "data" in change:
+        change = {"data": {k: v for k, v in table["data"].items() if k != "public_source"}}
+    config = parse(table | change, "test")
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(config)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        list(execute(config, tmp_path / "run"))
+
+
+def test_check_shows_the_first_adapter_that_fits(table: Table) -> None:
+    """The default rank needs more with this codec, and the run would choose another."""
+    shown = []
+    for up_bytes in (3000, 10**6):
+        budget = BUDGET | {"up_bytes": up_bytes, "r": [1, 8]}
+        shown += plan(parse(table | {"budget": budget, "codec": FIXED}, "test"))["notes"]
+    ranks = re.findall(r"the figures here are those of (rank \d+ on \S+)", " ".join(shown))
+    assert ranks == ["rank 1 on attention", "rank 8 on all-linear"]
 
 
 def test_candidates_that_the_model_does_not_have_are_named(table: Table, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs, adapters, with_choice
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.pairs import EXACT, Pair, other_codecs, other_downlinks, pairs
-from fluvial.runs.budget.settled import opened
+from fluvial.runs.budget.settled import nothing_fits, opened
 from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
 from fluvial.runs.config import RunConfig
 from fluvial.wire.tensors import Layout
@@ -209,15 +209,7 @@ class _Search:
             name, why = next(iter(self._impossible.items()))
             return f"budget.target_modules, budget.r: no candidate can be built; {name}: {why}"
 
-        limits = []
-        if self.budget.up_bytes is not None:
-            limits.append(f"budget.up_bytes={self.budget.up_bytes}")
-        if self.budget.run_s is not None:
-            limits.append(f"budget.run_s={self.budget.run_s:g}")
-        return (
-            f"{', '.join(limits)}: no adapter of {len(possible)} tried has a codec that "
-            f"needs so little in {self.config.rounds} rounds; allow more, or run fewer rounds"
-        )
+        return nothing_fits(self.config, self.free, len(possible))
 
     def record(self, candidate: Candidate) -> dict[str, Any]:
         """Return the choice, its reason and all trials as JSON values."""

@@ -8,11 +8,12 @@ import torch
 from fluvial.errors import ConfigError
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
-from fluvial.runs.budget.candidates import Adapter, Costs, adapters
+from fluvial.runs.budget.candidates import Candidate, Costs, adapters, with_choice
 from fluvial.runs.budget.choice import FINALISTS, KEEP, choose, part_rounds
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.pairs import pairs
-from fluvial.runs.budget.settled import Open, opened
+from fluvial.runs.budget.settled import Open, nothing_fits, opened
+from fluvial.runs.budget.trials import PublicSites
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import texts_of
 from fluvial.storage.files import private
@@ -31,7 +32,8 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
     """Return `config` with an example of what is open, and notes about the choice; nothing is
     loaded or timed.
 
-    Raises `ConfigError` where the example's codecs need more than the budget.
+    Raises `ConfigError` where nothing is within the bytes of the budget, and where trials have too
+    little public text.
     """
     budget = config.budget
     free = opened(config)
@@ -40,16 +42,8 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
     if not free:
         return config, ["budget: nothing is open, so the run is checked against it and no more"]
 
-    untimed = budget.model_copy(update={"run_s": None})
-    example = Adapter(None, None, min(budget.max_steps) if free.max_steps else None)
-    pool = ModelPool(config.model, config.adapter)
-    found = Costs(config, untimed, texts).first(example, pool, pairs(budget, free))
-    if found is None:
-        raise ConfigError(
-            f"budget.up_bytes={budget.up_bytes}: the default adapter has no codec that needs so "
-            "little; allow more, run fewer rounds, or set lora.r"
-        )
-
+    PublicSites.of(texts, budget.trial_sites)
+    found = _example(config, budget, free, texts)
     names = {
         "target_modules": "lora.target_modules",
         "r": "lora.r",
@@ -68,8 +62,38 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
         f"budget: {chosen} will be chosen when the run starts, among "
         f"{len(adapters(budget, free))} adapters and steps, on {budget.trial_sites} simulated "
         f"sites with public text{steps}; the figures here are those of rank {found.config.lora.r} "
-        f"on the default modules with {found.config.coding.name}"
+        f"on {found.adapter.target_modules or 'the modules of lora.target_modules'} with "
+        f"{found.config.coding.name}"
     ]
+
+
+def _example(config: RunConfig, budget: BudgetConfig, free: Open, texts: Texts) -> Candidate:
+    """Return the first candidate that fits, that of the default adapter where it does; raises
+    `ConfigError` where none is within the bytes of the budget."""
+    costs = Costs(config, budget.model_copy(update={"run_s": None}), texts)
+    pool = ModelPool(config.model, config.adapter)
+    fewest = min(budget.max_steps) if free.max_steps else None
+    tried = [each for each in adapters(budget, free) if each.max_steps == fewest]
+    usual = (config.lora.target_modules, config.lora.r)
+    tried.sort(key=lambda each: (each.target_modules, each.r) != usual)
+    possible = 0
+    why = ""
+    for adapter in tried:
+        try:
+            own = pool.beside(with_choice(config, adapter).adapter)
+            found = costs.first(adapter, own, pairs(budget, free))
+        except ConfigError as error:
+            if not ((adapter.target_modules or adapter.r) and str(error).startswith("lora.")):
+                raise
+            why = str(error)  # the model does not have it
+            continue
+        if found is not None:
+            return found
+        possible += 1
+
+    if not possible:
+        raise ConfigError(f"budget.target_modules, budget.r: no candidate can be built; {why}")
+    raise ConfigError(nothing_fits(config, free, possible))
 
 
 def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | None:

@@ -46,7 +46,7 @@ class Open:
 
 def opened(config: RunConfig) -> Open:
     """Return what `config` leaves open, before anything is chosen; raises `ConfigError` for
-    candidates of what is not open."""
+    candidates of what is not open, and where trials have no public text."""
     free = Open.of(config)
     budget = config.budget
     names = {
@@ -64,7 +64,38 @@ def opened(config: RunConfig) -> Open:
                 "choose; remove one of the two"
             )
 
+    named = config.data.bundled or config.data.public_source is not None
+    if budget is not None and free and not named:
+        raise ConfigError(
+            "data.public_source: a budget makes its trials on public text, and none is named; name "
+            "a file in the language and form of the sites' data, or remove [budget] and set lora.r "
+            "and [codec]"
+        )
+
     return free
+
+
+def nothing_fits(config: RunConfig, free: Open, tried: int) -> str:
+    """Return the refusal of a budget that is too small for each of `tried` adapters: what does not
+    fit, and the remedy."""
+    budget = config.budget
+    assert budget is not None
+    named = {"up_bytes": budget.up_bytes, "run_s": budget.run_s}
+    limits = [f"budget.{name}={limit:.12g}" for name, limit in named.items() if limit is not None]
+    rounds = f"in {config.rounds} rounds"
+    if free.codec:
+        words = f"no adapter of {tried} tried has a codec that needs so little {rounds}; "
+    else:
+        rate = config.coding.model_dump().get("rate")
+        codec = f"{config.coding.name!r}" + ("" if rate is None else f" at rate={rate:g}")
+        adapter = "the adapter that is set" if tried == 1 else f"each of {tried} adapters tried"
+        words = (
+            f"the codec that is set, {codec}, needs more with {adapter} {rounds}; "
+            f"{'' if rate is None else 'raise codec.rate, '}remove [codec] so that the budget "
+            "chooses it, "
+        )
+    words += "allow more, or run fewer rounds"
+    return f"{', '.join(limits)}: {words}"
 
 
 def settle(config: RunConfig, record: dict[str, Any]) -> RunConfig:
