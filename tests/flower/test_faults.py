@@ -57,7 +57,7 @@ def table(tiny_model: Path, three_sites: Path) -> dict[str, Any]:
         "seed": 1,
         "rounds": 3,
         "model": {"name_or_path": str(tiny_model)},
-        "lora": {"r": 4},
+        "lora": {"r": 4, "target_modules": "attention"},
         "data": data,
         "codec": {"name": "bf16", "error_feedback": True},
         "train": {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4},

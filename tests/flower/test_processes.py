@@ -30,7 +30,7 @@ def rank_of(pid: int) -> str:
 
 def test_a_site_of_two_processes(run_config: dict[str, Any], tmp_path: Path) -> None:
     table = run_config | {
-        "lora": {"r": 4, "lora_dropout": 0.0},
+        "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "attention"},
         "train": run_config["train"] | {"optim": "sgd", "learning_rate": 0.05},
         "evaluate": {"sample_tokens": 2, "sample_prompt": "the river"},
     }

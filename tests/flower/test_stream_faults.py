@@ -39,7 +39,7 @@ def table(three_sites: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
         "seed": 1,
         "rounds": 2,
         "model": {"name_or_path": str(model)},
-        "lora": {"r": 4},
+        "lora": {"r": 4, "target_modules": "attention"},
         "data": {
             "source": str(three_sites),
             "form": "text",

@@ -107,7 +107,7 @@ def full_batches(table: dict[str, Any], **train: Any) -> dict[str, Any]:
     """The same run in steps on all data, so that the union of the sites' batches is one batch."""
     return table | {
         "rounds": 1,
-        "lora": {"r": 4, "lora_dropout": 0.0},
+        "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "attention"},
         "train": HARD
         | {"gradient_accumulation_steps": 1, "learning_rate": 1e-2}
         | {"per_device_train_batch_size": 512, "num_train_epochs": 6}

@@ -180,7 +180,7 @@ def test_the_end_of_a_run_says_whether_its_bound_was_kept(table: Table, tmp_path
 @pytest.mark.parametrize("mode", ["hierarchical", "client-batch"])
 def test_checkpointing_repeats_the_same_dropout(table: Table, tmp_path: Path, mode: str) -> None:
     """Its backward pass comes when dropout is off again; the weights are those without it."""
-    table = table | {"lora": {"r": 4, "lora_dropout": 0.3}}
+    table = table | {"lora": {"r": 4, "lora_dropout": 0.3, "target_modules": "attention"}}
     usual = flglm(table, tmp_path / "usual", mode=mode)
     less = table | {"train": table["train"] | {"gradient_checkpointing": True}}
     checkpointed = flglm(less, tmp_path / "checkpointed", mode=mode)

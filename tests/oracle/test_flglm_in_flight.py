@@ -27,7 +27,7 @@ from tests.support.runs import run_table
 
 rejoin_table = table  # the fixture of a client batch with a deadline
 MODES = ("sequential", "client-batch", "hierarchical")
-LORA = {"lora": {"r": 4, "lora_dropout": 0.2}}
+LORA = {"lora": {"r": 4, "lora_dropout": 0.2, "target_modules": "attention"}}
 FULL = {"tune": "full"}
 CASES: dict[str, dict[str, Any]] = {
     "LoRA with dropout": LORA,

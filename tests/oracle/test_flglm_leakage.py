@@ -48,7 +48,7 @@ def table(one_site: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A run of two rounds at one site, on a model of four layers."""
     return one_site | {
         "model": {"name_or_path": str(four_layers(tmp_path / "model"))},
-        "lora": {"r": 4, "lora_dropout": 0.0},
+        "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "attention"},
     }
 
 

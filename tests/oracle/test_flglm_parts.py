@@ -94,7 +94,7 @@ def table_of(run_config: dict[str, Any], family: str, folder: Path, *, sites: in
         "rounds": 1,
         "model": {"name_or_path": str(tied_model(family, folder))},
         "data": run_config["data"] | {"partition": partition},
-        "lora": {"r": 4, "lora_dropout": 0.0},
+        "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "attention"},
         "train": TRAIN,
     }
 

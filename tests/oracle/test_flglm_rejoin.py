@@ -51,7 +51,7 @@ def table(run_config: dict[str, Any]) -> dict[str, Any]:
             "rounds": 1,
             # One micro-batch at a time: the times of these tests count turns.
             "method": {"name": "flglm", "step_deadline_s": PATIENCE_S, "in_flight": 1},
-            "lora": {"r": 4, "lora_dropout": 0.0},
+            "lora": {"r": 4, "lora_dropout": 0.0, "target_modules": "attention"},
             "train": {
                 "learning_rate": 1e-2,
                 "max_steps": STEPS,

@@ -237,13 +237,15 @@ def _held(site: Site, layout: Layout, message: Payload) -> Named | Payload:
     version = message.whole("base", 0, site.rounds)
     stored = site.recall(_SLOT)
     kept = bool(stored.tensors) and stored.value("version", int) == version
-    if kept:
-        layout.check(stored.tensors, "the adapter that the site keeps")
-
-    if version == 0:
+    if version == 0:  # what is kept may be the start of an earlier plan
+        kept = kept and Layout.of(stored.tensors) == layout
         start = stored.tensors if kept else initial_state(layout, site.seed)
         return checked_start(site, message, start)
-    return stored.tensors if kept else STALE
+
+    if not kept:
+        return STALE
+    layout.check(stored.tensors, "the adapter that the site keeps")
+    return stored.tensors
 
 
 def _frames_payload(frames: list[bytes], values: dict[str, Value]) -> Payload:
