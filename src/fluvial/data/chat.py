@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 
-from fluvial.data.examples import IGNORE_INDEX, Example
+from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.records import Message
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -19,8 +19,11 @@ _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 def encode_chat(
     place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, loss_on: str
-) -> Example:
+) -> tuple[Example, Question | None]:
     """Return the tokens of a conversation by the tokenizer's template, labels on assistant turns.
+
+    The question asks for the last turn after all others; None where the last turn is not the
+    assistant's, or is the only one.
 
     Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in
     two ways.
@@ -41,15 +44,30 @@ def encode_chat(
     _refuse_omissions(place, messages, tokenizer, rendered)
     spans = [] if loss_on == "all" else _spans(place, messages, tokenizer, rendered)
     ids, offsets = _tokens(place, rendered, tokenizer)
+    question = _question(place, messages, tokenizer, rendered)
 
     if loss_on == "all":
-        return Example(ids, list(ids))
+        return Example(ids, list(ids)), question
 
     labels = [
         token if any(begin < to and since < end for begin, end in spans) else IGNORE_INDEX
         for token, (since, to) in zip(ids, offsets, strict=True)
     ]
-    return Example(ids, labels)
+    return Example(ids, labels), question
+
+
+def _question(
+    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
+) -> Question | None:
+    """Return the last turn of the assistant as a question after all turns before it."""
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        return None
+
+    prompt = _render(place, messages[:-1], tokenizer, add_generation_prompt=True)
+    if not rendered.startswith(prompt):  # a template that writes a turn of the past otherwise
+        return None
+    ids, _ = _tokens(place, prompt, tokenizer)
+    return Question(prompt, messages[-1]["content"], prompt_ids=tuple(ids))
 
 
 def chat_prompt(

@@ -51,6 +51,13 @@ class Question:
     answer: str
     references: tuple[str, ...] = ()
     """Further answers that are right."""
+    prompt_ids: tuple[int, ...] = ()
+    """Tokens of a prompt that a chat template wrote; empty for any other."""
+
+    @property
+    def asked(self) -> str | tuple[int, ...]:
+        """Return the prompt as a model is given it."""
+        return self.prompt_ids or self.prompt
 
 
 def windows(example: Example, length: int) -> list[Example]:

@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from fluvial.data.bundled import SOURCES
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
-from fluvial.data.faults import Faults, are, shown
+from fluvial.data.faults import Faults, are, listed, shown
 from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.packing import pack
@@ -154,7 +154,7 @@ class SiteTexts:
         leaks = Leaks()
         left_out = 0
         refused: dict[str, int] = {}
-        questions = 0
+        questions: dict[str, int] = {}
 
         for number, name in enumerate(self.names, start=1):
             logger.info("counting tokens of site %d of %d", number, len(self.names))
@@ -164,7 +164,7 @@ class SiteTexts:
             measured = tokens.heldout.examples[: self.config.max_heldout]
             left_out += len(tokens.heldout.examples) - len(measured)
             self.num_train[name] = len(self._sequences(tokens.train.examples))
-            questions += len(tokens.heldout.questions[: self.config.max_heldout])
+            questions[name] = len(tokens.heldout.questions[: self.config.max_heldout])
             leaks.add(name, tokens.train.examples, measured)
 
             if tokens.surplus.refused:
@@ -186,11 +186,12 @@ class SiteTexts:
             self._try_public(faults)
 
         faults.raise_any()
-        self.num_questions = questions
+        self.num_questions = sum(questions.values())
         return [
             *self.notes,
             *self._remarks(surplus, records),
             *self._cut(left_out),
+            *_unasked(questions),
             *leaks.remarks("data.by_site.{}" if self.config.by_site else "data"),
         ]
 
@@ -368,6 +369,17 @@ class SiteTexts:
 
         faults.raise_any()
         return {name: self._sequences(made.examples) for name, made in tokens.items()}
+
+
+def _unasked(questions: dict[str, int]) -> list[str]:
+    """Return a remark on sites without questions beside others that have some."""
+    without = [name for name, count in questions.items() if not count]
+    if not without or len(without) == len(questions):
+        return []
+    return [
+        f"no exact match of the run, since held-out records of {listed(without)} have no question: "
+        "plain text, or conversations without a last turn of the assistant after another turn"
+    ]
 
 
 def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:

@@ -56,7 +56,9 @@ class Tokenized:
 
     examples: list[Example] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
-    """Questions of prompt/completion and Alpaca records; empty for the other forms."""
+    """Questions of records with an answer: completions, outputs, last turns of the assistant."""
+    asked: list[int] = field(default_factory=list)
+    """Number of the record of each question, from 0 on."""
     records: int = 0
     surplus: Surplus = field(default_factory=Surplus)
     faults: Faults = field(default_factory=Faults)
@@ -119,7 +121,7 @@ class Tokenizing:
             return Example(ids, ids), None
 
         if isinstance(content, Chat):
-            return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on), None
+            return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on)
 
         before = encoder.prompt(content.prompt)
         after = encoder.answer(content.answer)
@@ -163,6 +165,7 @@ class Tokenizing:
         result.examples.append(fitting)
         if question is not None:
             result.questions.append(question)
+            result.asked.append(result.records - 1)
 
 
 def refusal(

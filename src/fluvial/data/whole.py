@@ -1,15 +1,13 @@
 """All records of one source as sequences to measure, without sites and without training."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, shown
 from fluvial.data.partition import Natural
-from fluvial.data.records import Answered
 from fluvial.data.rows import columns_of
-from fluvial.data.sources import Entry, Source, classes_of, read_source
+from fluvial.data.sources import Source, classes_of, read_source
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Surplus, Tokenizing, refusal
 from fluvial.errors import ConfigError
@@ -89,33 +87,10 @@ def read_whole(
     return Whole(
         tokens.examples[:most],
         asked,
-        [] if sites is None else _sites_of(asked, found.entries, sites),
+        [] if sites is None else [sites[number] for number in tokens.asked[: len(asked)]],
         tokens.records,
         len(tokens.examples[most:]),
         tokens.surplus,
         sorted(set(found.forms)),
         found.notes,
     )
-
-
-def _sites_of(
-    questions: Sequence[Question], entries: Sequence[Entry], sites: Sequence[str]
-) -> list[str]:
-    """Return the site of each question, of the records in whose order they are.
-
-    Records that were dropped have no question; equal ones are dropped alike.
-    """
-    found: list[str] = []
-    for entry, site in zip(entries, sites, strict=True):
-        if len(found) == len(questions):
-            break
-        content = entry.record.content
-        asked = questions[len(found)]
-        if isinstance(content, Answered) and (content.prompt, content.answer) == (
-            asked.prompt,
-            asked.answer,
-        ):
-            found.append(site)
-
-    assert len(found) == len(questions), "every question is that of a record"
-    return found

@@ -226,7 +226,7 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
     if not new_tokens or not data.questions:
         return measures(sums)
 
-    prompts = [question.prompt for question in data.questions]
+    prompts = [question.asked for question in data.questions]
     answers = pool.generate(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
     scores = AnswerSums.over(answers, data.questions)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)

@@ -14,6 +14,7 @@ from fluvial.data import with_template
 from fluvial.data.config import DataConfig
 from fluvial.methods.measuring import EvaluateConfig, Texts
 from fluvial.models.digests import weights_digest
+from fluvial.models.encoding import Prompt
 from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.storage import exported
@@ -136,22 +137,26 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
     if settings.sample_prompt is None and not reporting.heldout:
         return []
 
+    asked: Prompt
     origin: PromptFrom = "site" if reporting.texts.samples_site else "public"
     if settings.sample_prompt is not None:
         origin = "setting"
-        prompt = settings.sample_prompt
+        prompt = asked = settings.sample_prompt
+    elif texts.questions and not texts.questions[0].prompt_ids:
+        prompt = asked = texts.questions[0].prompt
     elif texts.questions:
-        prompt = texts.questions[0].prompt
+        asked = texts.questions[0].prompt_ids
+        prompt = reporting.pool.tokenizer.decode(asked, skip_special_tokens=True)
     else:
         ids = texts.heldout[0].input_ids
-        prompt = reporting.pool.tokenizer.decode(
+        prompt = asked = reporting.pool.tokenizer.decode(
             ids[: max(1, len(ids) // 4)], skip_special_tokens=True
         )
 
     before, after = (
-        reporting.pool.generate(
-            weights, [prompt], max_new_tokens=settings.sample_tokens, at_once=1
-        )[0]
+        reporting.pool.generate(weights, [asked], max_new_tokens=settings.sample_tokens, at_once=1)[
+            0
+        ]
         for weights in (reporting.pool.base_state(), state)
     )
     return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after}]

@@ -11,6 +11,8 @@ from itertools import chain, islice
 
 from fluvial.models.hf import PreTrainedTokenizerBase
 
+Prompt = str | Sequence[int]
+"""A text, or its tokens where a chat template has written it."""
 PROBES = ("a b", "The", "1")
 """Texts from which the special tokens of a tokenizer are read."""
 
@@ -43,6 +45,10 @@ class Encoder:
         whole = ids if own else [*self.prefix, *ids]
 
         return whole or [self._start()]
+
+    def asked(self, prompt: Prompt) -> list[int]:
+        """Return the tokens from which a model continues a prompt."""
+        return self.prompt(prompt) if isinstance(prompt, str) else list(prompt)
 
     def answer(self, text: str) -> list[int]:
         """Encode an answer by itself, without special tokens, and end it with one EOS.

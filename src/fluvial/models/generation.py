@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fluvial.models.encoding import Encoder
+from fluvial.models.encoding import Encoder, Prompt
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ SHORT = 8
 def continuations(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     max_new_tokens: int,
     context: int | None = None,
@@ -44,7 +44,7 @@ def continuations(
     place of keys and values would read padding, and gets one prompt at a time.
     """
     encoder = Encoder.of(tokenizer)
-    rows = [encoder.prompt(prompt) for prompt in prompts]
+    rows = [encoder.asked(prompt) for prompt in prompts]
     rooms = [room_after(row, max_new_tokens, context) for row in rows]
     short = max_new_tokens <= SHORT
     stateful = model._is_stateful  # of transformers, and public by no other name
@@ -150,13 +150,13 @@ def _ended(row: list[int], end: int | None) -> list[int]:
 
 def count_too_long(
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     max_new_tokens: int,
     context: int | None,
 ) -> int:
     """Return the number of prompts after which the `context` ends before `max_new_tokens` more."""
     encoder = Encoder.of(tokenizer)
-    rooms = (room_after(encoder.prompt(prompt), max_new_tokens, context) for prompt in prompts)
+    rooms = (room_after(encoder.asked(prompt), max_new_tokens, context) for prompt in prompts)
     return sum(room < max_new_tokens for room in rooms)
 
 

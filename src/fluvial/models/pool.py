@@ -21,6 +21,7 @@ from fluvial.models.adapters import adapt
 from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.behaviour import check_behaviour, check_packing
+from fluvial.models.encoding import Prompt
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import AT_ONCE, continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -343,7 +344,7 @@ class ModelPool:
     def generate(
         self,
         state: Named,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         *,
         max_new_tokens: int,
         assignment: Assignment | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fluvial.errors import ConfigError, WireError
-from fluvial.models.encoding import Encoder
+from fluvial.models.encoding import Encoder, Prompt
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.layer_lists import text_config
 from fluvial.models.span_cache import SpanCache
@@ -32,12 +32,12 @@ class SiteGeneration:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
 
-    def answer(self, prompt: str) -> Generator[Tensor, Tensor, str]:
+    def answer(self, prompt: Prompt) -> Generator[Tensor, Tensor, str]:
         """Yield A's hidden states and take B's; return the continuation of `prompt` as text.
 
         It has neither the prompt nor special tokens, as that of `continuations`.
         """
-        tokens = Encoder.of(self._tokenizer).prompt(prompt)
+        tokens = Encoder.of(self._tokenizer).asked(prompt)
         eos = self._tokenizer.eos_token_id
         new = yield from generate(
             self._part, tokens, max_new_tokens=self._max_new_tokens, eos_token_id=eos

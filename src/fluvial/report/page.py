@@ -237,7 +237,8 @@ def _tables(rows: list[list[str]]) -> list[list[list[str]]]:
 
 def _caption(result: JsonObject, config: JsonObject, columns: str) -> str:
     """Return the meaning of the columns of the result tables, and remarks on what they measure."""
-    answers = f" {answers_caption(result)}" if result.get("questions") else ""
+    scored = "exact_match" in (result["heldout"].get("final") or {})
+    answers = f" {answers_caption(result)}" if scored else ""
     return columns + answers + cut_words(config) + too_long_words(result)
 
 

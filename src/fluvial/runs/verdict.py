@@ -157,7 +157,10 @@ def _scores(
     compared: Mapping[Reference, Mapping[str, Any]],
     itself: Reference | None,
 ) -> dict[str, float]:
-    """Return the mean over the sites of exact match, for this run, the base and the baselines."""
+    """Return the mean over the sites of exact match, for this run, the base and the baselines.
+
+    As in the table of results, there is none where a site that was measured has none.
+    """
     found = {"final": _mean_score(result, "final"), "base": _mean_score(result, "base")}
     found |= {
         name: _mean_score(other, "final") for name, other in compared.items() if name != "base"
@@ -167,10 +170,10 @@ def _scores(
 
 
 def _mean_score(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:
-    rows = (result.get("heldout_by_site") or {}).values()
-    scores = [((row or {}).get(which) or {}).get("exact_match") for row in rows]
+    rows = [(row or {}).get(which) for row in (result.get("heldout_by_site") or {}).values()]
+    scores = [row.get("exact_match") for row in rows if row]
     known = [score for score in scores if isinstance(score, int | float) and math.isfinite(score)]
-    return math.fsum(known) / len(known) if known else None
+    return math.fsum(known) / len(known) if known and len(known) == len(scores) else None
 
 
 def loss_of(measures: Mapping[str, Any] | None) -> float | None:

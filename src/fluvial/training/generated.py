@@ -73,7 +73,7 @@ def answer_result(
     `sites` has the site of each question, or nothing.
     """
     context = pool.outline.context
-    prompts = [question.prompt for question in questions]
+    prompts = [question.asked for question in questions]
     answers = {}
 
     for name, state in models.items():

@@ -30,7 +30,8 @@ def read_texts(data: DataConfig, pool: ModelPool, answers: AnswerConfig | None) 
     if answers.required and not texts.questions:
         raise ConfigError(
             f"--generate: {data.source} (--data) has no records with an answer, but the form "
-            f"{', '.join(texts.forms)}; give records with a prompt and a completion"
+            f"{', '.join(texts.forms)}; give records with a prompt and a completion, "
+            "or conversations that end with a turn of the assistant"
         )
     return texts
 

@@ -107,6 +107,21 @@ def test_every_assistant_turn_of_a_chat_is_learned_and_nothing_else(tokenizer: A
     assert learned(tokenizer, example) == "good day</s>\nfarewell</s>\n"
 
 
+def test_the_last_turn_of_the_assistant_is_a_question_after_all_others(tokenizer: Any) -> None:
+    """In the tokens that training begins with, also where loss is on all."""
+    for loss_on in ("answer", "all"):
+        made = tokens_of(tokenizer, "messages", {"messages": CHAT}, loss_on=loss_on)
+        (question,) = made.questions
+        assert question.prompt.endswith("<s>user\nbye</s>\n<s>assistant\n")
+        assert question.answer == "farewell"
+        start = len(question.prompt_ids)
+        assert list(question.asked) == list(made.examples[0].input_ids)[:start]
+        assert tokenizer.decode(list(made.examples[0].input_ids)[start:]) == "farewell</s>\n"
+
+    for turns in (CHAT[:4], CHAT[2:3]):
+        assert not tokens_of(tokenizer, "messages", {"messages": turns}).questions
+
+
 def test_a_chat_that_opens_with_the_assistant_learns_that_turn_too(tokenizer: Any) -> None:
     example = one(tokenizer, "messages", {"messages": [CHAT[2], CHAT[3], CHAT[4]]})
     assert learned(tokenizer, example) == "good day</s>\nfarewell</s>\n"

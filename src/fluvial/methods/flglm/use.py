@@ -17,7 +17,7 @@ from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
-from fluvial.models.encoding import Encoder
+from fluvial.models.encoding import Encoder, Prompt
 from fluvial.models.generation import count_too_long, room_after
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration, has_cache
@@ -44,7 +44,7 @@ def evaluate(site: Site, message: Payload) -> Talk:
         if not new_tokens or not data.questions:
             return measures(sums)
 
-        prompts = [question.prompt for question in data.questions]
+        prompts = [question.asked for question in data.questions]
         answers = yield from model.answers(prompts, new_tokens)
 
     scores = AnswerSums.over(answers, data.questions)
@@ -105,7 +105,7 @@ class WholeModel:
         return self.coding.decode_hidden(payload_frame(received), len(rows))
 
     def answers(
-        self, prompts: Sequence[str], new_tokens: int
+        self, prompts: Sequence[Prompt], new_tokens: int
     ) -> Generator[Payload, Payload, list[str]]:
         """Return greedy continuations of `prompts`, one after another.
 
@@ -118,7 +118,7 @@ class WholeModel:
         answers = []
 
         for prompt in prompts:
-            room = room_after(encoder.prompt(prompt), new_tokens, context)
+            room = room_after(encoder.asked(prompt), new_tokens, context)
             if not room:
                 answers.append("")
                 continue
@@ -127,7 +127,7 @@ class WholeModel:
                 generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
                 answer = yield from self._answer(generation.answer(prompt))
             else:
-                answer = yield from self._answer_without_cache(encoder.prompt(prompt), room)
+                answer = yield from self._answer_without_cache(encoder.asked(prompt), room)
             answers.append(answer)
 
         return answers

@@ -329,7 +329,7 @@ def _train(answers: Answers) -> Section:
 def _evaluate(answers: Answers) -> Section:
     """Return the table that has held-out answers written, where they are short and no secret."""
     longest = answers.lengths.longest_answer
-    asked = answers.data.form in ("prompt_completion", "alpaca")
+    asked = answers.data.form != "text"
     if not asked or longest > LONGEST_WRITTEN or answers.limits & {"privacy", "base-stays"}:
         return Section("[evaluate]", [])
     why = "held-out answers are written and compared: exact match and F1"
