@@ -84,6 +84,7 @@ class Call(Generic[H, T]):
         failed: Callable[[Failure, int | None], bool],
         meter: Meter,
         times: RoundTimes,
+        answers_level: int,
         limits: Limits,
     ) -> None:
         """`failed` takes a failure and the number of the attempt, None for one that no other may
@@ -100,6 +101,7 @@ class Call(Generic[H, T]):
         self._failed = failed
         self._meter = meter
         self._times = times
+        self._answers_level = answers_level
         self._limits = limits
         self._wires = Wires(messages)
         self._num_asked = len(messages)
@@ -249,7 +251,8 @@ class Call(Generic[H, T]):
         self._dispatcher.accept(arrival)
         self._meter.answered.add((site, self._task))
         self.num_answered += 1
-        logger.info(
+        logger.log(
+            self._answers_level,
             "round %d, %s: %s answered (%d of %d)",
             self._round,
             self._task,

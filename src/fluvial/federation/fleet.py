@@ -58,6 +58,8 @@ class Fleet:
         self.meter = Meter()
         self.times = RoundTimes()
         self.failures: list[Failure] = []
+        self.answers_level = logging.INFO
+        """Level of the message about each answer."""
         self._limits = limits or Limits()
         self._dispatcher = Dispatcher(transport, clock, self.config.deadline_s)
 
@@ -132,6 +134,7 @@ class Fleet:
             failed=self.failed,
             meter=self.meter,
             times=self.times,
+            answers_level=self.answers_level,
             limits=self._limits,
         )
         yield from call.events()

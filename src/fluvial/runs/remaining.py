@@ -11,7 +11,7 @@ from fluvial.formatting import human_minutes
 
 RECENT = 5
 """Rounds of a run that its next ones are predicted from: the newest."""
-_SET_UP = re.compile(r"\b(round|iteration) %d of %d")
+_SET_UP = re.compile(r"\b(round|iteration|trials at) %d of %d")
 """Messages of a set-up; others of a run come from sites that work at the same time."""
 _COUNTED = re.compile(r"(\w*):? ?\b(\d+) of (\d+)")
 _BEGIN = ("round", "site", "trial")

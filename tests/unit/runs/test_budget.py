@@ -17,6 +17,7 @@ from fluvial.report.page import write_page
 from fluvial.runs.budget import candidates
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs
 from fluvial.runs.budget.pairs import Pair, pairs
+from fluvial.runs.budget.preview import choice_alone
 from fluvial.runs.budget.settled import Open, settle
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import texts_of
@@ -72,6 +73,21 @@ def test_trials_are_no_longer_than_the_run(table: Table, tmp_path: Path) -> None
     short = table | {"rounds": 2, "budget": table["budget"] | {"trial_rounds": 8}}
     result = run_table(short, tmp_path / "run")
     assert max(trial["rounds"] for trial in result["setup"]["budget"]["trials"]) == 2
+
+
+def test_trials_count_their_steps(table: Table, caplog: pytest.LogCaptureFixture) -> None:
+    """The steps end at what was to be done, which is no more than check says."""
+    steps = {"train": {"learning_rate": 1e-3, "per_device_train_batch_size": 2}}
+    config = parse(table | steps | {"budget": BUDGET | {"max_steps": [1, 3]}}, "test")
+    (said,) = re.findall(r"at most (\S+) optimizer steps", " ".join(plan(config)["notes"]))
+    caplog.set_level("INFO", "fluvial")
+    choice_alone(config)
+    found = re.findall(r"trials at (\d+) of (\d+) steps at most", caplog.text)
+    done = [int(number) for number, _ in found]
+    assert done == sorted(set(done))
+    assert found[-1][0] == found[-1][1]
+    assert max(int(total) for _, total in found) <= int(said.replace(",", ""))
+    assert " answered (" not in caplog.text
 
 
 def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ largest frames that the budget allows it, so all are compared at equal cost.
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any
 
 from fluvial.errors import ClientError, ConfigError, DivergenceError
@@ -17,6 +18,7 @@ from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs, adapters, with_choice
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.effort import FINALISTS, KEEP, Effort, part_rounds, stages
 from fluvial.runs.budget.pairs import EXACT, Pair, other_codecs, other_downlinks, pairs
 from fluvial.runs.budget.settled import nothing_fits, opened
 from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
@@ -24,11 +26,6 @@ from fluvial.runs.config import RunConfig
 from fluvial.wire.tensors import Layout
 
 logger = logging.getLogger(__name__)
-
-KEEP = 3
-"""One of so many adapters goes on after a part of the rounds."""
-FINALISTS = 2
-"""Adapters whose numbers of steps are tried."""
 
 
 @dataclass(eq=False)
@@ -45,12 +42,24 @@ class Tried:
         """Return the last loss."""
         return self.points[-1][2]
 
-    def go_on(self, rounds: int) -> None:
-        """Run up to this round, and measure; one that was measured there stays as it is."""
-        if self.points and self.points[-1][0] >= rounds:
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of a site in a round; 1 where they follow from the data."""
+        return self.candidate.config.train.max_steps or 1
+
+    def left(self, rounds: int) -> int:
+        """Return the rounds up to this one that are not measured yet."""
+        return max(0, rounds - (self.points[-1][0] if self.points else 0))
+
+    def go_on(self, rounds: int, ran: Callable[[int], None]) -> None:
+        """Run up to this round, and measure; one that was measured there stays as it is. `ran`
+        takes the number of each round that ends."""
+        if not self.left(rounds):
             return
         try:
-            self.trial.run_until(rounds)
+            for number in range(self.trial.rounds + 1, rounds + 1):
+                self.trial.run_until(number)
+                ran(number)
             loss = self.trial.loss()
         except (ClientError, DivergenceError) as error:
             logger.info("budget: %s has failed: %s", _named(self.candidate.adapter), error)
@@ -68,11 +77,6 @@ def choose(config: RunConfig, pool: ModelPool, texts: Texts) -> dict[str, Any]:
     assert config.budget is not None
     search = _Search(config, config.budget, pool, texts)
     return search.record(search.best())
-
-
-def part_rounds(rounds: int) -> tuple[int, int]:
-    """Return the rounds after which the worse adapters end, of `rounds` in all."""
-    return max(1, rounds // 4), max(1, rounds // 2)
 
 
 class _Search:
@@ -93,6 +97,19 @@ class _Search:
         self.tried: list[Tried] = []
         self.all_adapters = adapters(budget, self.free)
         self.pairs = pairs(budget, self.free)
+
+    @cached_property
+    def effort(self) -> Effort:
+        """Progress of the trials."""
+        fixed = [self.config.train.max_steps or 1]
+        steps = fixed if self._steps == [None] else [each or 1 for each in self._steps]
+        adapters = len(self.all_adapters) // len(steps)
+        known = self.free.max_steps or self.config.train.max_steps is not None
+        return Effort(
+            stages(self.budget, self.free, adapters, steps),
+            len(self.sites.names),
+            "steps" if known else "rounds",
+        )
 
     @property
     def sites(self) -> PublicSites:
@@ -194,9 +211,14 @@ class _Search:
         return list(some)
 
     def _go_on(self, some: Sequence[Tried], rounds: int) -> None:
-        for number, tried in enumerate(some, start=1):
-            logger.info("budget: trial %d of %d, to round %d", number, len(some), rounds)
-            tried.go_on(rounds)
+        going = [tried for tried in some if tried.left(rounds)]
+        self.effort.begin(sum(tried.left(rounds) * tried.steps for tried in going))
+        for place, tried in enumerate(going, start=1):
+            words = f"trial {place} of {len(going)}, round %d of {rounds}"
+            tried.go_on(rounds, partial(self._ran, tried.steps, words))
+
+    def _ran(self, steps: int, words: str, number: int) -> None:
+        self.effort.add(steps * self.effort.sites, words % number)
 
     def _close_all_but(self, going: Sequence[Tried]) -> None:
         for tried in self.tried:
@@ -239,11 +261,14 @@ class _Search:
         if self.tried:
             record["sites"] = len(self.sites.names)
             record["base_loss"] = base_loss(self._pool_of(candidate.adapter), self.sites)
+            steps = candidate.config.train.max_steps or 1
+            self.effort.begin(self.budget.trial_rounds * steps)
             record["alone_loss"] = alone_loss(
                 candidate.config,
                 self._pool_of(candidate.adapter),
                 self.sites,
                 self.budget.trial_rounds,
+                lambda: self.effort.add(steps, "at sites that train alone"),
             )
 
         return record | {"why": _why(record)}

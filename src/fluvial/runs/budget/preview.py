@@ -1,6 +1,5 @@
 """A budget before a run: what would be tried, and the choice alone."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,8 +8,9 @@ from fluvial.errors import ConfigError
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Candidate, Costs, adapters, with_choice
-from fluvial.runs.budget.choice import FINALISTS, KEEP, choose, part_rounds
+from fluvial.runs.budget.choice import choose
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.effort import stages
 from fluvial.runs.budget.pairs import pairs
 from fluvial.runs.budget.settled import Open, nothing_fits, opened
 from fluvial.runs.budget.trials import PublicSites
@@ -103,17 +103,5 @@ def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | No
         return None
 
     numbers = [each for each in steps if each is not None]
-    going = len(adapters(budget, free)) // len(numbers)
-    done = 0
-    rounds = 0
-    for until in part_rounds(budget.trial_rounds):
-        rounds += going * (until - done) * numbers[0]
-        going = max(FINALISTS, math.ceil(going / KEEP))
-        done = until
-
-    rounds += going * (budget.trial_rounds - done) * numbers[0]
-    rounds += FINALISTS * budget.trial_rounds * sum(numbers[1:])
-    others = len(budget.tried_codecs) - 1 if free.codec else 0
-    others += len(budget.downlinks) - 1 if free.downlink else 0
-    rounds += (others + 1) * budget.trial_rounds * numbers[-1]  # other codecs, and sites alone
-    return rounds * budget.trial_sites
+    num_adapters = len(adapters(budget, free)) // len(numbers)
+    return budget.trial_sites * sum(stages(budget, free, num_adapters, numbers))

@@ -1,6 +1,7 @@
 """A trial: rounds of a candidate on sites that the server simulates on public text."""
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NoReturn
 
@@ -108,6 +109,7 @@ class Trial:
         self._server = server
         open_site = partial(site_of, self.config, pool=pool, texts=sites, store=StateStore(None))
         self._fleet = local_fleet(sites.names, open_site, tasks_of(self.config), self.config.fleet)
+        self._fleet.answers_level = logging.DEBUG  # of hundreds of rounds that are not the run's
         server.setup(self._fleet)
         self._fleet.meter.close_round()
 
@@ -149,14 +151,22 @@ def base_loss(pool: ModelPool, sites: PublicSites) -> float:
     return heldout_loss(pool, base_state(pool.layout), sites)
 
 
-def alone_loss(config: RunConfig, pool: ModelPool, sites: PublicSites, rounds: int) -> float:
+def alone_loss(
+    config: RunConfig,
+    pool: ModelPool,
+    sites: PublicSites,
+    rounds: int,
+    ran: Callable[[], None] = lambda: None,
+) -> float:
     """Return the held-out loss where each simulated site trains alone, without a codec: the mean
-    over the sites, each measured on its own text."""
+    over the sites, each measured on its own text. `ran` is called after each round of a site."""
     alone = config.model_copy(update={"codec": IdentitySettings(), "downlink": None})
     losses = []
     for name in sites.names:
         trial = Trial(alone, pool, sites.only(name))
-        trial.run_until(rounds)
+        for number in range(1, rounds + 1):
+            trial.run_until(number)
+            ran()
         losses.append(trial.loss())
         trial.close()
 
