@@ -111,7 +111,7 @@ def second(agent: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[i
         monkeypatch.undo()
 
 
-LORA = LoraSettings(r=4, lora_dropout=0.0)
+LORA = LoraSettings(r=4, lora_alpha=16, lora_dropout=0.0, target_modules="attention")
 
 
 def alone(pool: ModelPool, config: TrainConfig, **how: Any) -> tuple[Named, TrainReport]:

@@ -3,6 +3,7 @@ purpose."""
 
 import math
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import cast
 
@@ -226,6 +227,7 @@ def test_a_round_names_the_codec_that_it_gives_up_as_settings_do() -> None:
     uplink = SimpleNamespace(
         settings=settings, codec=None, layout=LAYOUT, versions=SimpleNamespace(current=0)
     )
+    uplink._code_by = partial(Uplink._code_by, cast("Uplink", uplink))
     watch = Watch(expected=0.62, learned=False)
     seen = [Uplink._follow(cast("Uplink", uplink), watch, 1.0, round) for round in range(PATIENCE)]
     assert seen[:-1] == [{}] * (PATIENCE - 1)
