@@ -71,13 +71,13 @@ class Verdict:
 
     @property
     def disagrees(self) -> bool:
-        """True if mean exact match is worse than that of `against` and the losses are better, or
-        the other way round."""
+        """True if mean exact match is worse than that of `against` and the mean loss is better, or
+        better where the losses are not."""
         decisive, against = self.local or self.base, self.against
         if decisive is None or against not in self.exact_match:
             return False
         gain = self.exact_match["final"] - self.exact_match[against]
-        return gain < 0 if decisive.answer == "yes" else gain > 0 and decisive.answer == "no"
+        return gain > 0 if decisive.answer == "no" else gain < 0 and decisive.difference < 0
 
     def line(self) -> str:
         """Return the verdict as one line for people."""
@@ -88,7 +88,10 @@ class Verdict:
         others = [name for name in NAMES if name not in (first, self.itself)]
         where = f"one held-out set that all {self.measured} sites share" if self.one_set else ""
         parts = [_leading(NAMES[first], getattr(self, first), where)] if first else []
-        if self.exact_match:
+        if first and self.disagrees:
+            found = getattr(self, first)
+            parts = [_disagreement(found), self._score(), _further(NAMES[first], found)]
+        elif self.exact_match:
             parts = [self._score(), *(part[:1].lower() + part[1:] for part in parts)]
         parts += [_further(NAMES[name], getattr(self, name)) for name in others]
 
@@ -105,8 +108,8 @@ class Verdict:
             if name in self.exact_match
         ]
         against = f" against {', '.join(others)}" if others else ""
-        warning = " (losses and exact match disagree)" if self.disagrees else ""
-        return f"Exact match {100 * self.exact_match['final']:.1f} %{against}{warning}"
+        words = "exact match" if self.disagrees else "Exact match"
+        return f"{words} {100 * self.exact_match['final']:.1f} %{against}"
 
     def tile(self) -> str:
         """Return the verdict in the few words of a heading."""
@@ -195,6 +198,15 @@ def _compare(
         math.fsum(gains) / len(gains),
         once=one_set and len(set(pairs)) == 1,
     )
+
+
+def _disagreement(found: Comparison) -> str:
+    """Return which of losses and right answers is better, where they disagree."""
+    lower = found.answer != "no"
+    sites = found.better if lower else found.sites - found.better
+    at = "" if found.once else f" at {sites} of {found.sites} sites"
+    losses, answers = ("lower", "fewer") if lower else ("no lower", "more")
+    return f"Loss and exact match disagree: {losses} loss{at}, but {answers} right answers"
 
 
 def _leading(name: str, found: Comparison, where: str) -> str:

@@ -113,8 +113,9 @@ def test_a_run_with_answers_leads_with_their_score() -> None:
     verdict = judge(scored(0.8, 0.1), {"local": scored(0.25, 0.1), "fedavg": None})
     assert verdict.exact_match == pytest.approx({"final": 0.8, "base": 0.1, "local": 0.25})
     assert verdict.line().startswith(
-        "Exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model "
-        "(losses and exact match disagree); did "
+        "Loss and exact match disagree: no lower loss at 4 of 4 sites, but more right answers; "
+        "exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; level with "
+        "local training (better at 0 of 4 sites); "
     )
     without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
     assert without.exact_match == {}
@@ -130,7 +131,11 @@ def test_a_loss_and_a_score_that_disagree_are_no_clear_answer(
 ) -> None:
     verdict = judge(scored(score, 0.1, loss), {"local": scored(0.3, 0.1)})
     assert verdict.helped == helped
-    assert ("(losses and exact match disagree);" in verdict.line()) == (helped == "partly")
+    line = verdict.line()
+    which = "lower loss at 4 of 4 sites, but fewer" if loss < 2.9 else "no lower loss at 4 of 4"
+    disagree = f"Loss and exact match disagree: {which}"
+    assert line.startswith(disagree if helped == "partly" else "Exact match ")
+    assert ("elped" in line) == (helped == "yes")
     unscored = judge(scored(score, 0.1, loss), {"local": made([2.9] * 4)})
     assert unscored.helped == ("yes" if loss < 2.9 else "no")
 
