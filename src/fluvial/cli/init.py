@@ -85,19 +85,21 @@ def init(
     if site_column is not None and sites is not None:
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
+    from fluvial.data.faults import DataError, Faults
+
     several = data is not None and len(data) > 1
+    faults = Faults()
     for option, given, remedy in (
         ("--site-column", site_column, "remove it"),
         ("--sites", sites, "remove it"),
         ("--heldout", heldout, "set heldout_source in the table of each site"),
     ):
         if several and given is not None:
-            raise ConfigError(
+            faults.add(
                 f"{option}: without effect beside several --data, each of which is a site; {remedy}"
             )
 
     asks = not no_input and _on_terminal()
-    from fluvial.data.faults import DataError
     from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
@@ -115,7 +117,13 @@ def init(
 
     if public is not None:
         read_records(public, "--public")
-    asked = None if heldout is None else read_records(heldout, "--heldout")
+    asked = None if heldout is None or several else read_records(heldout, "--heldout")
+    if data is not None and several and faults.count:
+        try:
+            separate(data, renamed)
+        except ConfigError as error:
+            faults.include(error)
+        faults.raise_any()
 
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
@@ -268,14 +276,15 @@ def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFact
 
     Raises `ConfigError` where one may be, and nobody can be asked.
     """
-    from fluvial.runs.proposal.records import answer_pairs, as_options, facts_about
+    from fluvial.runs.proposal.columns import as_options
+    from fluvial.runs.proposal.records import answer_pairs, facts_about
 
     pairs = answer_pairs(records, sites)
     if not pairs:
         return records
 
     text = pairs[0][0]
-    names = " or ".join(repr(answer) for _, answer in pairs[:3])
+    names = " or ".join(repr(answer) for _, answer in pairs)
     if not asks:
         alone = shlex.quote(f"text={text}")
         raise ConfigError(

@@ -197,12 +197,18 @@ def test_a_site_is_named_after_the_folder_that_a_relative_path_means(
 def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:
     """A text whose answer stands beside it is no plain text; each site names its own columns."""
     rows = answers(12)
-    written([{"text": row["question"], "team": row["answer"]} for row in rows], "rome.jsonl")
+    texts = [{"text": row["question"], "team": row["answer"]} for row in rows]
+    codes = [{"ticket": f"W-{n:04}", "shift": "ab"[n % 2]} for n in range(len(texts))]
+    written([code | text for code, text in zip(codes, texts, strict=True)], "rome.jsonl")
     written([{"q": row["question"], "a": row["answer"]} for row in rows], "oslo.jsonl")
     sources = ("--model", str(tiny_model), "--data", "rome.jsonl", "--data", "oslo.jsonl")
     oslo = ("--column", "oslo:prompt=q", "--column", "oslo:completion=a")
-    with pytest.raises(ConfigError, match="'team' may be the answer.*--column rome:prompt=text"):
+    words = "'shift' or 'team' may be the answer.*--column rome:prompt=text"
+    with pytest.raises(ConfigError, match=words):
         run_init("--force", "--yes", *sources, *oslo)
+    every = f"(?s)3 faults.*--heldout: without.*'oslo.jsonl': which of the columns q, a .*{words}"
+    with pytest.raises(ConfigError, match=every):
+        run_init("--force", "--yes", *sources, "--heldout", "held.jsonl")
     with pytest.raises(ConfigError, match="--column bern:...: no --data makes a site 'bern'"):
         run_init("--force", "--yes", *sources, "--column", "bern:prompt=q")
     with pytest.raises(ConfigError, match="a site before the field is for several --data"):
@@ -360,14 +366,14 @@ def test_a_column_that_may_be_the_answer_is_not_dropped(tiny_model: Path) -> Non
     assert not Path("q.toml").exists()
 
     result = run_init("--yes", *options, "--column", "text=note")
-    assert f"not used: 'icd'; for note -> icd: {both}" in " ".join(result.output.split())
+    assert f"not used: 'id', 'icd'; for note -> icd: {both}" in " ".join(result.output.split())
     comment = Path("q.toml").read_text().replace("\n# ", " ")
-    assert """not used: 'icd'; for note -> icd: columns = { prompt = "note", """ in comment
+    assert """not used: 'id', 'icd'; for note -> icd: columns = { prompt = "note", """ in comment
 
     Path("q.toml").unlink()
     result = run_init("--yes", *options, *both.split())
     assert load(Path("q.toml")).data.columns == {"prompt": "note", "completion": "icd"}
-    assert "not used" not in result.output
+    assert "not used: 'id'\n" in result.output
 
 
 def test_a_column_that_may_be_the_answer_is_asked_for(
@@ -386,8 +392,8 @@ def test_columns_about_a_text_are_named_and_no_answers(tiny_model: Path) -> None
     for row in rows:
         del row["icd"]
     result = run_init("--yes", "--model", str(tiny_model), "--data", written(rows))
-    assert "not used: 'date', 'ward'\n" in result.output
-    assert "# not used: 'date', 'ward'\n" in Path("q.toml").read_text()
+    assert "not used: 'id', 'date', 'ward'\n" in result.output
+    assert "# not used: 'id', 'date', 'ward'\n" in Path("q.toml").read_text()
 
 
 def test_an_empty_answer_is_refused_with_its_remedy(tiny_model: Path) -> None:

@@ -1,6 +1,7 @@
 """Guesses about a table: the form of its records, and the column that names their owner."""
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -41,6 +42,8 @@ ABOUT = (
     *("filename", "path", "version", "title", "length", "tokens"),
 )
 """Usual names of columns that say something about a text and are no answer to it."""
+CODE = re.compile(r"(?=.*\d)\S+")
+"""A value that may be the code of a record: no space, and a digit."""
 LONGEST_LABEL = 60
 """Characters of a value that may be a label."""
 MOST_CLASSES = 20
@@ -121,17 +124,23 @@ def owner_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 
 
 def numbers_records(rows: Sequence[Row], column: str) -> bool:
-    """Return whether a column tells records apart: by its name, or by a number of each."""
+    """Return whether a column tells records apart: by its name, or by a number or a code of each,
+    without spaces and of about one length, such as W-0001."""
     if set(_words(column)) & set(NUMBERS):
         return True
-    values = [value_of(row, column) for row in rows]
-    return len(set(values)) == len(values) and all(value and value.isdecimal() for value in values)
+    values = [value_of(row, column) or "" for row in rows]
+    if len(set(values)) < len(values):
+        return False
+    lengths = sorted(map(len, values))
+    codes = all(CODE.fullmatch(value) for value in values) and lengths[-1] - lengths[0] <= 2
+    return codes or all(value.isdecimal() for value in values)
 
 
 def may_be_answers(rows: Sequence[Row], column: str) -> bool:
     """Return whether a column may hold the answers to a text: short values, of two kinds or more,
-    in nine of ten records, and no name that is usual for something else."""
-    if set(_words(column)) & {*ABOUT, *NUMBERS, *OWNERS}:
+    in nine of ten records, that do not tell records apart, and no name that is usual for something
+    else."""
+    if set(_words(column)) & {*ABOUT, *OWNERS} or numbers_records(rows, column):
         return False
     cells = [row.fields.get(column) for row in rows]
     values = [
@@ -143,6 +152,20 @@ def may_be_answers(rows: Sequence[Row], column: str) -> bool:
         return False
     numeric = all(re.fullmatch(r"[+-]?[\d.,]+", value) for value in filled)
     return 2 <= len(set(filled)) <= (MOST_CLASSES if numeric else len(filled))
+
+
+def kinds(rows: Sequence[Row], column: str) -> tuple[bool, int]:
+    """Return whether a column has numbers, and how many values it has."""
+    numbers = any(isinstance(row.fields.get(column), Number) for row in rows)
+    return numbers, len({value_of(row, column) for row in rows})
+
+
+def as_options(text: str, answer: str, site: str = "") -> str:
+    """Return the options that make a question of one column and its answer of another, for all
+    records or for those of a site."""
+    mark = f"{site}:" if site else ""
+    pairs = (f"{mark}prompt={text}", f"{mark}completion={answer}")
+    return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
 
 
 def is_usual_owner(column: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from fluvial.data.faults import listed
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
+from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.document import document
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
@@ -18,7 +19,6 @@ from fluvial.runs.proposal.records import (
     SeparateFacts,
     Sites,
     answer_pairs,
-    as_options,
     unused_columns,
 )
 from fluvial.runs.proposal.settings import PLAIN, Answers, sections

@@ -17,11 +17,12 @@ from fluvial.data.site_names import fault_of
 from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
+    as_options,
     form_of,
     guessed_columns,
     is_usual_owner,
+    kinds,
     may_be_answers,
-    numbers_records,
     owner_columns,
     value_of,
 )
@@ -204,8 +205,8 @@ def separate(
     """Return the facts about several sources, each of them a site's, which is named after it.
 
     `columns` has those that the caller renames by site, and under "" those of all sites; `ask` has
-    the source as well. Raises `ConfigError` for two sources of one name, and for plain text beside
-    questions with answers.
+    the source as well. Raises `ConfigError` for two sources of one name, `DataError` with the
+    faults of all sources, and `ConfigError` for plain text beside questions with answers.
     """
     names = list(map(_site_of, sources))
     for name in columns.keys() - {"", *names}:
@@ -214,12 +215,18 @@ def separate(
         )
 
     parts: dict[str, DataFacts] = {}
+    faults = Faults()
     for name, source in zip(names, sources, strict=True):
         if name in parts:
             raise ConfigError(
                 f"--data {source!r}: another source makes the site {name!r} too; rename one"
             )
-        parts[name] = _part(name, source, {**columns.get("", {}), **columns.get(name, {})}, ask)
+        try:
+            parts[name] = _part(name, source, {**columns.get("", {}), **columns.get(name, {})}, ask)
+        except ConfigError as error:
+            faults.include(error)
+
+    faults.raise_any()
 
     forms = {part.form: name for name, part in parts.items()}
     if len(forms) > 1 and "text" in forms:
@@ -267,14 +274,16 @@ def _part(
         part = facts_about(files, columns, None if ask is None else partial(ask, source))
     except ConfigError as error:
         options = as_options("COLUMN", "COLUMN", name)
-        raise ConfigError(f"--data {source!r}: {error}; for this site alone, {options}") from None
+        fault = str(error).removeprefix("--data: ")
+        raise ConfigError(f"--data {source!r}: {fault}; for this site alone, {options}") from None
 
     pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
     if pairs:
         text, answer = pairs[0]
+        names = " or ".join(repr(each) for _, each in pairs)
         alone = shlex.quote(f"{name}:text={text}")
         raise ConfigError(
-            f"--data {source!r}: {answer!r} may be the answer to the text {text!r}. To learn it: "
+            f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
             f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
         )
     return part
@@ -368,29 +377,21 @@ def likely_columns(facts: DataFacts) -> Sequence[str]:
 
 
 def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
-    """Return the columns that are neither text nor owner of a record, nor number it."""
+    """Return the columns that are neither text nor owner of a record."""
     if isinstance(facts, SeparateFacts):
         each = [unused_columns(part, sites) for part in facts.parts.values()]
         return list(dict.fromkeys(name for names in each for name in names))
     used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
     used.add(sites.partition.get("column", ""))
-    return [
-        name for name in facts.names if name not in used and not numbers_records(facts.rows, name)
-    ]
+    return [name for name in facts.names if name not in used]
 
 
 def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:
-    """Return the column of plain text with each unused column that may hold the answers to it."""
+    """Return the column of plain text with each unused column that may hold the answers to it,
+    words before numbers, and those of few values first."""
     if facts.form != "text" or isinstance(facts, SeparateFacts):
         return []
     text = facts.columns.get("text", "text")
     unused = unused_columns(facts, sites)
-    return [(text, name) for name in unused if may_be_answers(facts.rows, name)]
-
-
-def as_options(text: str, answer: str, site: str = "") -> str:
-    """Return the options that make a question of one column and its answer of another, for all
-    records or for those of a site."""
-    mark = f"{site}:" if site else ""
-    pairs = (f"{mark}prompt={text}", f"{mark}completion={answer}")
-    return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
+    fitting = [name for name in unused if may_be_answers(facts.rows, name)]
+    return [(text, name) for name in sorted(fitting, key=lambda name: kinds(facts.rows, name))]
