@@ -44,11 +44,13 @@ class Series:
     line: Sequence[tuple[float, float]] = ()
     """Points that are joined by a line, in order."""
     points: Sequence[tuple[float, float]] = ()
-    """Points that are marked, and joined by a thin line."""
+    """Points that are marked, and joined by a thin line where `joined` says so."""
     tips: Sequence[str] = ()
     """Texts on hover, of the points of `line` and then of `points`."""
     band: Sequence[tuple[float, float, float]] = ()
     """Place, lowest and highest value of a shaded band."""
+    joined: bool = True
+    """False for points between which nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,7 @@ def line_chart(
                 for x, low, high in each.band
                 if _drawable((x, low), log) and _drawable((x, high), log)
             ],
+            each.joined,
         )
         for each in series
     ]
@@ -233,7 +236,7 @@ def line_chart(
 
     for each in shown:
         stroke = f"stroke:var(--{each.colour});stroke-dasharray:{DASHES.get(each.colour) or 'none'}"
-        for line, wide in ((each.line, 1.8), (each.points, 1.0)):
+        for line, wide in ((each.line, 1.8), (each.points if each.joined else (), 1.0)):
             if len(line) > 1:
                 d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
                 drawing.path(d, f"{stroke};stroke-width:{wide};fill:none")
@@ -370,11 +373,15 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def decades(low: float, high: float) -> list[float]:
-    """Return powers of ten from `low` to `high`, with their halves and fifths where few fit."""
+    """Return powers of ten from `low` to `high`, with values between them where few fit."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    factors = (1.0,) if high > 50 * low else (1.0, 2.0, 5.0)
-    found = [factor * 10.0**power for power in powers for factor in factors]
-    return [each for each in found if low <= each <= high]
+    found: list[float] = []
+    for factors in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
+        found = [factor * 10.0**power for power in powers for factor in factors]
+        found = [each for each in found if low <= each <= high]
+        if len(found) > 2:
+            break
+    return found
 
 
 def _drawable(point: tuple[float, float], log: bool) -> bool:

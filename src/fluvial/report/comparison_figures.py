@@ -29,7 +29,8 @@ def mean_series(runs: Sequence[Run], axis: str, measure: str) -> Series:
     first = runs[0]
     tips = tips_of(first.name, axis, measure, line, points)
     band = line_band or points_band
-    return Series(first.name, first.colour, line, points, tips, band if len(runs) > 1 else ())
+    shown = band if len(runs) > 1 else ()
+    return Series(first.name, first.colour, line, points, tips, shown, joined=each[0].joined)
 
 
 def _mean(

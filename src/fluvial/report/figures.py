@@ -77,6 +77,7 @@ def series_of(run: Run, axis: str, measure: str) -> Series:
         if value is not None:
             points.append((place, float(value)))
 
+    joined = bool(points)  # measures at the two ends alone say nothing of the rounds between
     if run.result:
         before, after = (
             _number((run.result["heldout"].get(which) or {}).get(measure))
@@ -88,9 +89,8 @@ def series_of(run: Run, axis: str, measure: str) -> Series:
             *([] if after is None else [(at[-1], after)]),
         ]
 
-    return Series(
-        run.name, run.colour, line, points, tips_of(run.name, axis, measure, line, points)
-    )
+    tips = tips_of(run.name, axis, measure, line, points)
+    return Series(run.name, run.colour, line, points, tips, joined=joined)
 
 
 def bytes_by_kind(runs: Sequence[Run]) -> Markup:

@@ -2,11 +2,13 @@
 
 import re
 from importlib.resources import files
+from typing import Any
 
 import pytest
 
-from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, grid_chart
+from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, decades, grid_chart
 from fluvial.report.dots import dot_chart
+from fluvial.report.figures import Run, by_axis
 from fluvial.report.labels import FONT, LINE, distinct, wrapped
 
 ADVANCES = {"a": 0.613, "g": 0.635, "m": 0.974, "W": 0.989, "i": 0.278, "1": 0.636, "_": 0.5}
@@ -88,6 +90,24 @@ def test_points_tell_small_values_apart_beside_large_ones() -> None:
     assert ", logarithmic</text>" in chart
     level = dot_chart(["north"], [Bars("a", "own", [2.0], ["2"])], across="loss")
     assert "logarithmic" not in level
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.1, 5.0), (2.1, 9.0), (3.0, 70.0), (0.6, 31.0)])
+def test_a_logarithmic_axis_has_three_ticks_or_more(low: float, high: float) -> None:
+    assert 3 <= len(decades(low, high)) <= 8
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_measures_at_the_two_ends_alone_are_not_joined(measured: bool) -> None:
+    """A line between them would say something of the rounds where nothing was measured."""
+    first = {"heldout_loss": 2.0} if measured else {}
+    metrics: list[dict[str, Any]] = [
+        {"round": 1, "loss": None, **first},
+        {"round": 2, "loss": None},
+    ]
+    result = {"heldout": {"base": {"loss": 3.0}, "final": {"loss": 1.0}}}
+    chart = by_axis([Run("run", "own", metrics, result, True)], "round", "loss")
+    assert ("stroke-width:1.0" in chart) == measured
 
 
 def test_a_slanted_heading_ends_inside_the_grid() -> None:
