@@ -43,7 +43,8 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an adapter whose answers are not the base's, as a run would have it."""
     folder = tmp_path_factory.mktemp("run")
     pool = ModelPool(
-        ModelConfig(name_or_path=str(tiny_model), device="cpu"), LoraSettings(r=2, lora_alpha=4)
+        ModelConfig(name_or_path=str(tiny_model), device="cpu"),
+        LoraSettings(r=2, lora_alpha=4, target_modules="attention"),
     )
     start = initial_state(pool.layout, 0)
     state = {name: torch.randn(t.shape, generator=generator(1, name)) for name, t in start.items()}

@@ -121,7 +121,7 @@ def test_a_contender_leaves_settings_of_the_base_out(write: Write) -> None:
     path = write("base", codec={"name": "int8"}).with_name("sweep.toml")
     path.write_text(
         'base = "base.toml"\n[[contender]]\nname = "int8"\n'
-        '[[contender]]\nname = "blocks"\nunset = ["codec", "lora.r"]\n'
+        '[[contender]]\nname = "blocks"\nunset = ["codec", "lora"]\n'
         "set = [\"method.name = 'fedcybgd'\"]\n"
     )
     assert read_comparison([path]).contenders[1].config.codec is None
