@@ -136,14 +136,33 @@ def test_a_central_run_is_compared_over_all_sites_together(
     assert (found.pairs, found.cells) == (3, 3)
 
 
+def of_one_seed(comparison: Comparison) -> Comparison:
+    contenders = [Contender(each.name, {1: each.configs[1]}) for each in comparison.contenders]
+    return Comparison(tuple(contenders), (1,), "exact")
+
+
+def test_sites_that_share_a_heldout_set_are_one_observation(
+    made: tuple[Comparison, Path, Compared], tmp_path: Path
+) -> None:
+    comparison, out, _ = made
+    for name in (*CODECS, "central"):
+        result = result_of(out, name, 1)
+        rows = result["heldout_by_site"] or {}
+        one = next(iter(rows.values()), None)
+        shared = {"overlap": {"one_set": True}, "heldout_by_site": dict.fromkeys(rows, one)}
+        folder = tmp_path / name / "seed-1"
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(result | shared))
+    compared = gather(of_one_seed(comparison), tmp_path)
+    found = compared.contender("coarse").differences["loss"]
+    assert (found.low, found.high, found.p, found.pairs, found.cells) == (None, None, None, 1, 1)
+    assert found.mean != 0
+    assert any("all sites share one held-out set" in note for note in compared.notes)
+
+
 def test_one_seed_is_tested_over_sites(made: tuple[Comparison, Path, Compared]) -> None:
     comparison, out, _ = made
-    one = Comparison(
-        tuple(Contender(each.name, {1: each.configs[1]}) for each in comparison.contenders),
-        (1,),
-        "exact",
-    )
-    compared = gather(one, out)
+    compared = gather(of_one_seed(comparison), out)
     values, base = (site_values(out, name, "loss", (1,))[0] for name in ("coarse", "exact"))
     found = compared.contender("coarse").differences["loss"]
     tested = stats.ttest_rel(values, base)

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial import interrupt
-from fluvial.cli.console import Format, Overrides, err, out, print_json
+from fluvial.cli.console import Format, Overrides, err, out, print_line_of_json
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text, shown_answer
@@ -134,7 +134,7 @@ def _answer(chat: "Chat", text: str, sampling: "Sampling", format: str) -> None:
     names = [speaker.name for speaker in chat.speakers]
     if format == "json":
         said = {speaker.name: "".join(speaker.answer(text, sampling)) for speaker in chat.speakers}
-        print_json({"prompt": text, **said})
+        print_line_of_json({"prompt": text, **said})
     elif out.is_terminal and out.width >= NARROW and len(names) > 1:
         _beside(chat, text, sampling)
     else:

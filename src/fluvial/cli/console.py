@@ -104,6 +104,11 @@ def print_json(content: JsonObject) -> None:
     print(json.dumps(content, indent=2))  # noqa: T201 - this is the output
 
 
+def print_line_of_json(content: JsonObject) -> None:
+    """Print JSON values to standard output as one line of JSON Lines, at once."""
+    print(json.dumps(content), flush=True)  # noqa: T201 - this is the output
+
+
 def print_line(text: str) -> None:
     """Print one line without markup and without a break at the width of the terminal."""
     out.print(safe_text(text), markup=False, soft_wrap=True)

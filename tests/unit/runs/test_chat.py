@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 from fluvial.cli import app
 from fluvial.cli.chat import _answer, _beside
 from fluvial.errors import ConfigError
+from fluvial.formatting import safe_text
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
@@ -154,15 +155,18 @@ def test_prompts_come_from_an_option_or_from_lines(run: Path, tiny_model: Path) 
     found = json.loads(said.stdout)
     assert found.keys() == {"prompt", "base", "tuned"}
 
+    every = RUNNER.invoke(app, [*command, "--format", "json"], input=f"{TEXT}\n/new\n{TEXT}\n")
+    assert [json.loads(line) for line in every.stdout.splitlines()] == [found, found]
+
     lines = RUNNER.invoke(app, command, input=f"{TEXT}\n\n/new\n{TEXT}\n")
     assert lines.exit_code == 0, lines.output
     assert lines.stdout.count("base\n") == lines.stdout.count("tuned\n") == 2
-    assert lines.stdout.count(found["tuned"]) == 2
+    assert lines.stdout.count(safe_text(found["tuned"])) == 2
     assert lines.stdout.startswith(f"prompt\n{TEXT}\n\nbase\n")
 
     one = RUNNER.invoke(app, ["chat", str(tiny_model), "--prompt", TEXT, "--max-new-tokens", "4"])
     assert one.stdout.startswith("model\n")
-    assert found["base"] in one.stdout
+    assert safe_text(found["base"]) in one.stdout
 
 
 @pytest.mark.parametrize(

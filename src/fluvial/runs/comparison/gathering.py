@@ -18,7 +18,7 @@ from fluvial.runs.comparison.result import (
     Over,
     Score,
 )
-from fluvial.runs.comparison.statistics import holm, interval, p_value
+from fluvial.runs.comparison.statistics import alike, holm, interval, p_value
 from fluvial.runs.result import coding_of
 from fluvial.storage.run_files import JsonObject, read_file, read_result
 
@@ -56,7 +56,7 @@ def gather(
         baseline=comparison.baseline,
         verdict="",
         measures=tuple(measures),
-        notes=tuple(_notes(contenders, results)),
+        notes=(*_notes(contenders, results), *_one_observation(contenders, results)),
         differing=comparison.differing(),
         contenders=contenders,
     )
@@ -136,6 +136,8 @@ def _difference(runs: Results, base: Results, measure: str) -> Difference | None
     cells: list[list[float]] = []
     for seed in runs.keys() & base.keys():
         row = _cells(runs[seed], base[seed], measure)
+        once = any(row) and alike(row) and _shared(runs[seed], base[seed])
+        row = row[:1] if once else row
         cells += [row] if row else []
 
     if not cells:
@@ -168,6 +170,11 @@ def _cells(ours: JsonObject, theirs: JsonObject, measure: str) -> list[float]:
 
     left, right = _by_site(ours, measure), _by_site(theirs, measure)
     return [left[site] - right[site] for site in left if site in right]
+
+
+def _shared(*results: JsonObject) -> bool:
+    """Return whether all sites of these runs are measured on the same held-out records."""
+    return all((result.get("overlap") or {}).get("one_set") for result in results)
 
 
 def is_loss(measure: str) -> bool:
@@ -257,6 +264,25 @@ def _run(name: str, seed: int, result: JsonObject | None, failed: str | None) ->
         wall_s=known.get("wall_s"),
         peak_rss_bytes=known.get("peak_rss_bytes"),
     )
+
+
+def _one_observation(
+    contenders: Sequence[ComparedContender], results: Mapping[str, Results]
+) -> list[str]:
+    """Return why a difference has no interval, where sites that share a held-out set count once."""
+    every = [result for runs in results.values() for result in runs.values()]
+    untested = any(
+        each.over is None and not measure.endswith(POOLED)
+        for one in contenders
+        for measure, each in one.differences.items()
+    )
+    if not untested or len(every) < 2 or not _shared(*every):
+        return []
+    return [
+        "all sites share one held-out set, on which a model of all sites is one observation: its "
+        "difference has no interval and no test; compare under more seeds, or name held-out records "
+        "of each site"
+    ]
 
 
 def _notes(contenders: Sequence[ComparedContender], results: Mapping[str, Results]) -> list[str]:

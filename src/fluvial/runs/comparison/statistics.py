@@ -22,13 +22,18 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
     return mean, mean - half, mean + half
 
 
+def alike(differences: Sequence[float]) -> bool:
+    """Return whether differences are equal up to rounding."""
+    largest = max(map(abs, differences), default=0.0)
+    return not differences or max(differences) - min(differences) <= ROUNDING * largest
+
+
 def p_value(differences: Sequence[float]) -> float | None:
     """Return the two-sided p of a paired t-test, whose differences these are.
 
     It is None for fewer than two differences, and where all are equal up to rounding.
     """
-    largest = max(map(abs, differences), default=0.0)
-    if len(differences) < 2 or max(differences) - min(differences) <= ROUNDING * largest:
+    if len(differences) < 2 or alike(differences):
         return None
 
     mean = math.fsum(differences) / len(differences)
