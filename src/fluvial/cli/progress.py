@@ -95,7 +95,7 @@ class RunProgress(logging.Handler):
             self._plain.update(record.getMessage(), left)
 
     def show(self, event: "Event") -> None:
-        """Print the line of a round or of a set-up, and a header where a method begins."""
+        """Print the lines of a round or of a set-up, and a header above a method's first round."""
         from fluvial.report import round_lines
 
         if event.kind == "result":
@@ -103,15 +103,14 @@ class RunProgress(logging.Handler):
         if self.quiet or event.kind == "result":
             return
 
-        if event.method != self.method:
-            self.method = event.method
-            self.bar.console.print(round_lines.round_header(event.method))
-
         if event.kind == "setup":
             for line in round_lines.setup_lines(event.values):
                 self.bar.console.print(line)
 
         if event.kind == "round":
+            if event.method != self.method:
+                self.method = event.method
+                self.bar.console.print(round_lines.round_header(event.method))
             for line in round_lines.round_lines(event.values):
                 self.bar.console.print(line)
             number = event.values["round"]

@@ -221,7 +221,8 @@ def _least_error(
 
         return Choice(
             best.codec,
-            f"{why}: {best.codec.name} + error feedback has the smallest error ({_listed(plain)})",
+            f"{why}: of the other candidates {best.codec.name} + error feedback has the smallest "
+            f"squared relative error ({_listed(plain)})",
         )
 
     gain = 10 * math.log10(best.error / max(learned.error, 1e-30))

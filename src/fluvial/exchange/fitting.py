@@ -237,7 +237,7 @@ def choose_codec(
         raise ConfigError(f"codec: no codec reaches rate {rate:g} on this layout")
 
     choice = choose(settings, measured, layout, use, plain)
-    logger.info("auto: %s", choice.reason)
+    logger.info("auto: codec %s is chosen", choice.codec.name)  # the set-up has the reason
     if choice.codec.name not in fitted:
         codec = updates.fit(choice.codec)
         report = updates.measure(codec, fed_back=choice.codec.error_feedback)

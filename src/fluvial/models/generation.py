@@ -36,12 +36,14 @@ def continuations(
     max_new_tokens: int,
     context: int | None = None,
     at_once: int = AT_ONCE,
+    of: str = "the model",
 ) -> list[str]:
     """Return a greedy continuation of each prompt, without the prompt and special tokens.
 
     It ends where the model's `context` ends; that of a prompt that fills it is empty. With the same
     `at_once`, a prompt has the same continuation among any others. A model that keeps a state in
-    place of keys and values would read padding, and gets one prompt at a time.
+    place of keys and values would read padding, and gets one prompt at a time. Messages about the
+    progress name the model as `of`.
     """
     encoder = Encoder.of(tokenizer)
     rows = [encoder.asked(prompt) for prompt in prompts]
@@ -69,7 +71,7 @@ def continuations(
 
             if time.monotonic() - logged_s > 1:
                 logged_s = time.monotonic()
-                logger.info("greedy answers: %d of %d", len(new), len(prompts))
+                logger.info("greedy answers of %s: %d of %d", of, len(new), len(prompts))
 
     return [
         tokenizer.decode(new.get(number, []), skip_special_tokens=True)

@@ -2,7 +2,7 @@
 
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.axes import SCORES
-from fluvial.report.result_tables import COUNTED, verdict_of
+from fluvial.report.result_tables import COUNTED, of_the_chosen, verdict_of
 from fluvial.runs.verdict import loss_of
 from fluvial.storage.run_files import JsonObject
 
@@ -65,7 +65,8 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
             {
                 "what": "updates, of uncompressed",
                 "value": human_ratio(result["round_ratio"]),
-                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds",
+                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds"
+                + (f"; uncompressed: {words}" if (words := of_the_chosen(result)) else ""),
             },
             {
                 "what": "amortised, of uncompressed",

@@ -142,11 +142,18 @@ def result_caption(
     return (
         "Held-out values are means over the sites, each counting the same"
         f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds; round "
-        "ratio: these against uncompressed updates; local training only reports its loss. "
+        f"ratio: these against uncompressed updates{of_the_chosen(result)}; local training only "
+        "reports its loss. "
         "Amortised: all bytes of training and set-up, in both directions, against those of the "
         f"same run without compression; held-out measures apart{_measure_words(result)}. "
         f"{rates.words}"
     )
+
+
+def of_the_chosen(result: JsonObject | None) -> str:
+    """Return whose uncompressed updates a ratio is against, where a budget chose the adapter."""
+    chosen = ((result or {}).get("setup") or {}).get("budget", {}).get("chosen", {})
+    return " of the adapter that the budget chose" if {"r", "target_modules"} & {*chosen} else ""
 
 
 def _measure_words(result: JsonObject | None) -> str:

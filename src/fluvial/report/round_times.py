@@ -17,6 +17,8 @@ AT_SITES = {
     "measuring": "held-out measures",
 }
 """Parts of a site's time, and their names for people."""
+REST = "waiting for other sites and the server"
+"""The rest of a round, at a site."""
 AT_SERVER = {"coding": "coding, at the server", "decoding": "decoding, at the server"}
 
 
@@ -34,6 +36,14 @@ def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
         ]
         means = [statistics.fmean(sites) for sites in rounds]
         rows.append((words, means, [max(sites) for sites in rounds]))
+    rests = [
+        [
+            max(0.0, record["seconds"] - sum(parts.values()))
+            for parts in record["times"]["sites"].values()
+        ]
+        for record in records
+    ]
+    rows.append((REST, [statistics.fmean(rest) for rest in rests], [max(rest) for rest in rests]))
     for part, words in AT_SERVER.items():
         seconds = [record["times"]["server"].get(part, 0.0) for record in records]
         rows.append((words, seconds, seconds))
@@ -50,8 +60,9 @@ def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
         ["part", "mean of sites", "longest site", "share of the round"],
         cells,
         left=1,
-        words="Medians over rounds. Sites that work side by side fill the same seconds, and the "
-        "server codes and decodes while it waits, so shares need not add up to 100 %.",
+        words="Medians over rounds. In each round a site's parts and its wait for the other sites "
+        "and the server add up to the round, so their medians nearly do; the server codes and "
+        "decodes within this wait.",
     )
 
 

@@ -196,11 +196,15 @@ def _compared_words(figures: JsonObject) -> list[str]:
 
 
 def _compared(figure: JsonObject, words: Callable[[float], str]) -> str:
-    """Return a predicted figure, the measured one and the relative error."""
+    """Return a predicted figure, the measured one and how far off the prediction was."""
     predicted = words(figure["predicted"])
     if figure["measured"] is None:
         return f"{predicted} predicted"
-    error = "" if figure["error"] is None else f" ({figure['error']:+.0%})"
+    error = ""
+    if figure["error"] is not None:
+        way = "too much" if figure["error"] > 0 else "too little"
+        off = f"{abs(figure['error']):.0%}"
+        error = " (as predicted)" if off == "0%" else f" ({off} {way} predicted)"
     return f"{predicted} predicted, {words(figure['measured'])} measured{error}"
 
 

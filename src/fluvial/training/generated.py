@@ -85,6 +85,7 @@ def answer_result(
                 max_new_tokens=config.max_new_tokens,
                 context=context,
                 at_once=config.batch_size,
+                of=name,
             )
 
     result = {

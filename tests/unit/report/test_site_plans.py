@@ -128,9 +128,9 @@ def test_lines_of_a_run_have_plans_and_what_was_measured() -> None:
     first, second = round_lines(RECORD)
     assert first.startswith("    1    2.0000")
     assert second.endswith(
-        "bytes up 110 B predicted, 100 B measured (+10%), "
-        "bytes down 50 B predicted, 100 B measured (-50%), "
-        "seconds 6.0 s predicted, 5.0 s measured (+20%)"
+        "bytes up 110 B predicted, 100 B measured (10% too much predicted), "
+        "bytes down 50 B predicted, 100 B measured (50% too little predicted), "
+        "seconds 6.0 s predicted, 5.0 s measured (20% too much predicted)"
     )
     assert "\x1b" not in second
     assert "memory" not in second
@@ -147,9 +147,9 @@ def test_the_last_comparison_of_each_site_is_shown() -> None:
         [
             "south",
             "5",
-            "110 B predicted, 100 B measured (+10%)",
-            "50 B predicted, 100 B measured (-50%)",
-            "6.0 s predicted, 5.0 s measured (+20%)",
+            "110 B predicted, 100 B measured (10% too much predicted)",
+            "50 B predicted, 100 B measured (50% too little predicted)",
+            "6.0 s predicted, 5.0 s measured (20% too much predicted)",
         ]
     ]
     assert "memory bytes" not in excerpt.headings

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 
+from fluvial.codecs import CodecSettings
 from fluvial.errors import ClientError, ConfigError, DivergenceError
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
@@ -283,9 +284,9 @@ class _Search:
             "r": candidate.config.lora.r,
             "max_steps": candidate.config.train.max_steps,
             "codec": codec.name,
-            "rate": candidate.layout.raw_bytes / candidate.frame_bytes,
+            "rate": _rate(codec, candidate.layout, candidate.frame_bytes),
             "downlink": EXACT if down is None else down.name,
-            "down_rate": candidate.layout.raw_bytes / candidate.downs[1],
+            "down_rate": _rate(down, candidate.layout, candidate.downs[1]),
             "values": candidate.layout.numel,
             "frame_bytes": candidate.frame_bytes,
             "up_bytes": candidate.up_bytes,
@@ -296,6 +297,12 @@ class _Search:
             "points": [[sent, _finite(loss)] for _, sent, loss in tried.points],
             "chosen": chosen,
         }
+
+
+def _rate(codec: CodecSettings | None, layout: Layout, size: int) -> float:
+    """Return the rate that the settings of a codec have, else that of an update of `size` bytes."""
+    rate = None if codec is None else codec.model_dump().get("rate")
+    return layout.raw_bytes / size if rate is None else float(rate)
 
 
 def _why(record: dict[str, Any]) -> str:
