@@ -54,6 +54,14 @@ def evaluate(
     metrics: Annotated[
         str, typer.Option(help="Of exact_match, f1, rouge, bleu and chrf.", **ANSWERS)
     ] = DEFAULT_METRICS,
+    answers_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--answers",
+            help="File for question, right answers and each model's answer, JSON lines.",
+            **ANSWERS,
+        ),
+    ] = None,
     site_field: Annotated[
         str | None,
         typer.Option(
@@ -163,6 +171,7 @@ def evaluate(
         "--no-generate": generate is False and data is None,
         "--max-new-tokens": max_new_tokens is not None,
         "--metrics": metrics != DEFAULT_METRICS,
+        "--answers": answers_out is not None,
         "--site-field": site_field is not None,
     }
     if data is None:
@@ -221,9 +230,10 @@ def evaluate(
                 max_new_tokens or settings.evaluate.max_new_tokens,
                 cast("tuple[Metric, ...]", _names(metrics, "--metrics", "metric")),
                 batch_size,
-                bool(generate),
+                bool(generate or answers_out),
                 site_field or run.get("site_column"),
                 site_field is not None,
+                answers_out,
             )
 
         measure = evaluate_model

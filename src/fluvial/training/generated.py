@@ -8,12 +8,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from fluvial.data import Question, independent
 from fluvial.errors import ConfigError
 from fluvial.models.generation import AT_ONCE, continuations, count_too_long
 from fluvial.models.pool import ModelPool
+from fluvial.storage.files import write_whole
 from fluvial.training.answer_scores import AnswerSums, squad_words
 from fluvial.training.choice_scores import Interval, bootstrap, exact_interval
 from fluvial.training.rouge import has_pairs
@@ -30,6 +32,7 @@ _KEYS: dict[Metric, tuple[str, ...]] = {
 }
 """Scores of one answer that belong to a metric; the others are scores of all answers together."""
 _RESAMPLES = 1000
+ANOTHER = "name another file with --answers"
 NO_PAIRS = "no reference has two words of a-z and 0-9"
 """Why answers have no ROUGE-2, which counts pairs of words."""
 MISSING = "--metrics {}: needs sacreBLEU: pip install 'fluvial[evaluation]'"
@@ -50,6 +53,8 @@ class AnswerConfig:
     """The field of a record that names its site."""
     site_required: bool = True
     """False if records need not have that field, because it is the run's."""
+    file: Path | None = None
+    """File that questions and answers are written to, as JSON Lines."""
 
     def __post_init__(self) -> None:
         """Raise `ConfigError` for a metric that is unknown or needs a package that is missing."""
@@ -58,6 +63,8 @@ class AnswerConfig:
                 raise ConfigError(f"--metrics {metric}: unknown; known are {', '.join(METRICS)}")
             if not _KEYS[metric]:
                 _sacrebleu(metric)
+        if self.file is not None and not self.file.absolute().parent.is_dir():
+            raise ConfigError(f"--answers {self.file}: there is no folder {self.file.parent}")
 
 
 def answer_result(
@@ -88,6 +95,9 @@ def answer_result(
                 of=name,
             )
 
+    if config.file is not None:
+        write_whole(config.file, _lines(answers, questions, sites).encode(), ANOTHER)
+
     result = {
         "metrics": list(config.metrics),
         "max_new_tokens": config.max_new_tokens,
@@ -102,6 +112,22 @@ def answer_result(
             for site in sorted(set(sites))
         }
     return result
+
+
+def _lines(
+    answers: Mapping[str, Sequence[str]], questions: Sequence[Question], sites: Sequence[str]
+) -> str:
+    """Return a line of JSON for each question: prompt, right answers, site, each model's answer."""
+    lines = []
+    for place, question in enumerate(questions):
+        line = {
+            "prompt": question.prompt,
+            "references": [question.answer, *question.references],
+            **({"site": sites[place]} if sites else {}),
+            "answers": {name: given[place] for name, given in answers.items()},
+        }
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
 
 
 def _part(

@@ -28,8 +28,9 @@ def read_texts(data: DataConfig, pool: ModelPool, answers: AnswerConfig | None) 
         site_required=answers.site_required,
     )
     if answers.required and not texts.questions:
+        option = "--answers" if answers.file else "--generate"
         raise ConfigError(
-            f"--generate: {data.source} (--data) has no records with an answer, but the form "
+            f"{option}: {data.source} (--data) has no records with an answer, but the form "
             f"{', '.join(texts.forms)}; give records with a prompt and a completion, "
             "or conversations that end with a turn of the assistant"
         )

@@ -115,11 +115,22 @@ def _expected(rows: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, float]:
 def test_scores_by_site_and_over_all(tiny_model: Path, data: Path) -> None:
     command = [tiny_model, "--data", data, "--generate", "--max-new-tokens", NEW_TOKENS]
     command += ["--site-field", "clinic", "--batch-size", 5]
+    command += ["--answers", data.with_name("answers.jsonl")]
     found = _evaluate(*command)["data"]
     pool = ModelPool(ModelConfig(name_or_path=str(tiny_model), device="cpu"), None)
     records = _records()
     answers = pool.generate({}, [one["prompt"] for one in records], max_new_tokens=NEW_TOKENS)
     pairs = list(zip(answers, records, strict=True))
+    written = map(json.loads, data.with_name("answers.jsonl").read_text().splitlines())
+    assert list(written) == [
+        {
+            "prompt": record["prompt"],
+            "references": [record["completion"], *record["references"]],
+            "site": record["clinic"],
+            "answers": {"model": answer},
+        }
+        for answer, record in pairs
+    ]
     parts = {site: [pair for pair in pairs if pair[1]["clinic"] == site] for site in set(SITES)}
 
     assert found["answers"]["by_site"].keys() == parts.keys()
@@ -275,6 +286,8 @@ def test_what_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
     text.write_text(json.dumps({"text": "The river carries water."}) + "\n")
     for words, why in (
         (["--data", text, "--generate"], "--generate: .* has no records with an answer"),
+        (["--data", text, "--answers", "a.jsonl"], "--answers: .* has no records with an answer"),
+        (["--data", data, "--answers", "gone/a.jsonl"], "--answers gone/a.jsonl: there is no fol"),
         (["--data", data, "--metrics", "meteor"], "--metrics meteor: unknown; known are"),
         (["--data", data, "--site-field", "ward"], "--site-field 'ward': .* has the columns"),
         (["--tasks", "x", "--max-new-tokens", 3], "--max-new-tokens: without effect"),
