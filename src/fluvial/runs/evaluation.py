@@ -70,8 +70,8 @@ def own_reading(
         return {**run, SITES: list(tables)}
     if any(other != own[0] for other in own[1:]):
         raise ConfigError(
-            f"--data {records}: the tables of {', '.join(chosen)} in data.by_site name this file and "
-            "read it in different ways; choose one with --site NAME"
+            f"--data {records}: the tables of {', '.join(chosen)} in data.by_site name this file "
+            "and read it in different ways; choose one with --site NAME"
         )
     return {**run, **own[0], **({AS_SITE: ", ".join(chosen)} if chosen else {})}
 

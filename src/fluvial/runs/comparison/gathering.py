@@ -280,8 +280,8 @@ def _one_observation(
         return []
     return [
         "all sites share one held-out set, on which a model of all sites is one observation: its "
-        "difference has no interval and no test; compare under more seeds, or name held-out records "
-        "of each site"
+        "difference has no interval and no test; compare under more seeds, or name held-out "
+        "records of each site"
     ]
 
 
