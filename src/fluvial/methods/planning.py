@@ -19,7 +19,7 @@ from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
 
 UNCOUNTED = "headers, measures apart"
-"""What the predicted bytes of a whole run leave out."""
+"""Traffic that the predicted bytes of a whole run leave out."""
 
 OPTIMIZER_BYTES = 16
 """Bytes for each trained value: fp32 weight, gradient and two moments of AdamW."""

@@ -34,7 +34,9 @@ def budget_conflicts(config: "RunConfig") -> Iterator[str]:
         return
 
     if config.rounds < 2:
-        yield "budget: one round leaves nothing to try; set rounds to 2 or more, or remove the table"
+        yield (
+            "budget: one round leaves nothing to try; set rounds to 2 or more, or remove the table"
+        )
     if config.tuned != "lora":
         yield "budget: an adapter is chosen, and here all weights are tuned; remove one of the two"
     if config.promise is not None:
