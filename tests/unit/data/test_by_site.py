@@ -209,3 +209,15 @@ def test_a_remedy_names_the_heldout_table(by_site: dict[str, Any], tmp_path: Pat
     faults = Faults()
     assert SiteRecords(DataConfig(by_site=by_site), 0, None).read(faults) == {}
     assert "set data.by_site.north.heldout.encoding, for instance" in faults.first[0]
+
+
+def test_a_site_without_questions_is_named(
+    by_site: dict[str, Any], tmp_path: Path, tokenizer: Any
+) -> None:
+    turns = [{"role": "assistant", "content": "good day"}, {"role": "user", "content": "bye"}]
+    line = json.dumps({"messages": turns}) + "\n"
+    (tmp_path / "east.jsonl").write_text(line * 20)
+    by_site["east"] = {"source": str(tmp_path / "east.jsonl")}
+    config = DataConfig(by_site=by_site, chat_template="chatml")
+    remarks = SiteTexts(config, tokenizer, seed=0).check()
+    assert any("held-out records of 'east' have no question" in remark for remark in remarks)

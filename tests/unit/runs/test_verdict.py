@@ -120,6 +120,9 @@ def test_a_run_with_answers_leads_with_their_score() -> None:
     without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
     assert without.exact_match == {}
     assert "Exact match" not in without.line()
+    some = scored(0.8, 0.1)
+    del some["heldout_by_site"]["a"]["final"]["exact_match"]
+    assert "Exact match" not in judge(some, {"local": scored(0.25, 0.1)}).line()
 
 
 @pytest.mark.parametrize(
