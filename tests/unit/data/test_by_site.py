@@ -218,6 +218,6 @@ def test_a_site_without_questions_is_named(
     line = json.dumps({"messages": turns}) + "\n"
     (tmp_path / "east.jsonl").write_text(line * 20)
     by_site["east"] = {"source": str(tmp_path / "east.jsonl")}
-    config = DataConfig(by_site=by_site, chat_template="chatml")
+    config = DataConfig(by_site=by_site, chat_template="chatml", max_length=512)
     remarks = SiteTexts(config, tokenizer, seed=0).check()
     assert any("held-out records of 'east' have no question" in remark for remark in remarks)
