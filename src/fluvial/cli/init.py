@@ -67,7 +67,7 @@ def init(
         str | None,
         typer.Option(
             help="Held-out records of all sites: a file with the same columns, or a folder with a "
-            "file of each site."
+            "file of each site. With one --data only."
         ),
     ] = None,
     no_input: Annotated[

@@ -196,6 +196,8 @@ def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
     kinds = {file.suffix.lower() for file in files}
     if (one_kind and len(kinds) != 1) or not kinds <= set(READERS):
         hint = "; unpack it, or save it as CSV" if kinds & UNREADABLE else ""
+        if len(kinds & set(READERS)) > 1:
+            hint += "; sites with files of other kinds have a source each: data.by_site"
         raise ConfigError(
             f"{source.where}: {source.name!r} must hold files of one kind among {KNOWN}{hint}"
         )

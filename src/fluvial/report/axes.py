@@ -1,6 +1,7 @@
 """Axes of losses and scores on the pages: their words, charts over them, and values on hover."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -9,15 +10,18 @@ from markupsafe import Markup
 from fluvial.formatting import figure, human_bytes, human_seconds, percent
 from fluvial.report.charts import Points, Series, line_chart
 
+
+def short_bytes(value: float) -> str:
+    """Return a number of bytes with its unit, whole ones without decimals."""
+    return re.sub(r"\.0+ ", " ", human_bytes(value))
+
+
 SCORES = {"exact_match": "exact match", "accuracy": "next-token accuracy"}
 """Scores that are drawn, the most telling first."""
 AXIS_WORDS: dict[str, tuple[Callable[[float], str], str]] = {
     "round": (lambda value: f"{value:g}", "round"),
-    "up": (lambda value: human_bytes(value).replace(".00", "").replace(".0", ""), "bytes up"),
-    "both": (
-        lambda value: human_bytes(value).replace(".00", "").replace(".0", ""),
-        "bytes so far, up and down",
-    ),
+    "up": (short_bytes, "bytes up"),
+    "both": (short_bytes, "bytes so far, up and down"),
     "seconds": (lambda value: human_seconds(value) if value else "0", "time of the rounds"),
 }
 """Words for a value on an axis, and the axis's name."""

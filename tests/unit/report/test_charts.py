@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from fluvial.report.axes import short_bytes
 from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, decades, grid_chart
 from fluvial.report.dots import dot_chart
 from fluvial.report.figures import Run, by_axis
@@ -125,3 +126,11 @@ def test_a_slanted_heading_ends_inside_the_grid() -> None:
 def test_the_size_of_the_font_is_that_of_the_style_sheet() -> None:
     style = (files("fluvial.report") / "page.css").read_text()
     assert f"svg text {{ font: {FONT}px " in style
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(0, "0 B"), (2e6, "2 MB"), (2.03e6, "2.03 MB"), (2.5e6, "2.50 MB"), (20e3, "20 kB")],
+)
+def test_a_value_of_an_axis_of_bytes_keeps_its_digits(size: float, words: str) -> None:
+    assert short_bytes(size) == words
