@@ -337,6 +337,20 @@ def test_questions_are_asked_on_a_terminal(
     assert load(Path("q.toml")).coding.name == "trellis"
 
 
+def test_columns_of_several_sources_are_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    rows = answers(12)
+    written([{"text": row["question"], "team": row["answer"]} for row in rows], "rome.jsonl")
+    written([{"q": row["question"], "a": row["answer"]} for row in rows], "oslo.jsonl")
+    sources = ("--model", str(tiny_model), "--data", "rome.jsonl", "--data", "oslo.jsonl")
+    run_init(*sources, "--limit", "none", typed="text\nteam\nq\na\n")
+    tables = load(Path("q.toml")).data.by_site
+    assert tables["rome"].columns == {"prompt": "text", "completion": "team"}
+    assert tables["oslo"].columns == {"prompt": "q", "completion": "a"}
+
+
 def test_columns_that_fit_no_form_are_asked_for(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,9 +204,10 @@ def separate(
 ) -> SeparateFacts:
     """Return the facts about several sources, each of them a site's, which is named after it.
 
-    `columns` has those that the caller renames by site, and under "" those of all sites; `ask` has
-    the source as well. Raises `ConfigError` for two sources of one name, `DataError` with the
-    faults of all sources, and `ConfigError` for plain text beside questions with answers.
+    `columns` has those that the caller renames by site, and under "" those of all sites. `ask`
+    takes a source and its columns, also where a text may have its answer beside it. Raises
+    `ConfigError` for two sources of one name, `DataError` with the faults of all sources, and
+    `ConfigError` for plain text beside questions with answers.
     """
     names = list(map(_site_of, sources))
     for name in columns.keys() - {"", *names}:
@@ -278,6 +279,8 @@ def _part(
         raise ConfigError(f"--data {source!r}: {fault}; for this site alone, {options}") from None
 
     pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
+    if pairs and ask is not None:
+        return facts_about(files, ask(source, files.names))
     if pairs:
         text, answer = pairs[0]
         names = " or ".join(repr(each) for _, each in pairs)
