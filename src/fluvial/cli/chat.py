@@ -86,9 +86,9 @@ def chat(
 
     sampling = Sampling(max_new_tokens or chat.max_new_tokens, temperature, seed)
     with chat:
-        if talks:
-            way = "its chat template" if chat.chats else "plain text, which is continued"
-            err.print(f"[dim]with {way}; {NEW} begins a new conversation, Ctrl-D ends[/]")
+        way = "its chat template" if chat.chats else "plain text, which is continued"
+        keys = f"; {NEW} begins a new conversation, Ctrl-D ends" if talks else ""
+        err.print(f"[dim]with {way}{keys}[/]")
         for text in [prompt] if prompt is not None else _prompts(talks):
             if text.strip() == NEW:
                 for speaker in chat.speakers:
