@@ -3,7 +3,6 @@
 A weight that a state does not name, or that it names with `no_change`, is the base's.
 """
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from fluvial.seeds import generator
 from fluvial.wire.tensors import Layout, Named, factor
+from fluvial.wire.tensors import digest as digest_of_all
 
 
 def initial_state(layout: Layout, seed: int) -> Named:
@@ -52,11 +52,12 @@ def digest(state: Named) -> str:
 
     Zeros count by name and shape alone, so that `no_change` takes no time.
     """
-    total = hashlib.sha256()
     filled = changed(state)
-    for name, tensor in sorted(state.items()):
-        total.update(f"{name} {tuple(tensor.shape)}\n".encode())
-        if name in filled and tensor.any():
-            total.update(tensor.flatten().view(torch.uint8).numpy().data)
-
-    return total.hexdigest()[:32]
+    return digest_of_all(
+        {
+            f"{name} {tuple(value.shape)}": value
+            if name in filled and value.any()
+            else value.new_empty(0)
+            for name, value in state.items()
+        }
+    )[:32]

@@ -61,19 +61,23 @@ class Verdict:
         return "local" if self.local else "base" if self.base else None
 
     @property
+    def decisive(self) -> Comparison | None:
+        """The comparison with `against`."""
+        return self.local or self.base
+
+    @property
     def helped(self) -> Answer:
         """Return the answer against `against`, "partly" where exact match disagrees with the
         losses."""
-        decisive = self.local or self.base
-        if decisive is None:
+        if self.decisive is None:
             return "not measured"
-        return "partly" if self.disagrees else decisive.answer
+        return "partly" if self.disagrees else self.decisive.answer
 
     @property
     def disagrees(self) -> bool:
         """True if mean exact match is worse than that of `against` and the mean loss is better, or
         better where the losses are not."""
-        decisive, against = self.local or self.base, self.against
+        decisive, against = self.decisive, self.against
         if decisive is None or against not in self.exact_match:
             return False
         gain = self.exact_match["final"] - self.exact_match[against]
@@ -84,16 +88,19 @@ class Verdict:
         if self.measured == 0:
             return "Not measured: no site sent held-out measures of this run"
 
-        first = self.against
-        others = [name for name in NAMES if name not in (first, self.itself)]
+        first, found = self.against, self.decisive
+        others = {"local": self.local, "fedavg": self.fedavg, "base": self.base}
         where = f"one held-out set that all {self.measured} sites share" if self.one_set else ""
-        parts = [_leading(NAMES[first], getattr(self, first), where)] if first else []
-        if first and self.disagrees:
-            found = getattr(self, first)
+        parts = [_leading(NAMES[first], found, where)] if first and found else []
+        if first and found and self.disagrees:
             parts = [_disagreement(found), self._score(), _further(NAMES[first], found)]
         elif self.exact_match:
             parts = [self._score(), *(part[:1].lower() + part[1:] for part in parts)]
-        parts += [_further(NAMES[name], getattr(self, name)) for name in others]
+        parts += [
+            _further(words, others[name])
+            for name, words in NAMES.items()
+            if name not in (first, self.itself)
+        ]
 
         if self.measured < self.sites:
             parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
@@ -113,10 +120,9 @@ class Verdict:
 
     def tile(self) -> str:
         """Return the verdict in the few words of a heading."""
-        decisive = self.local or self.base
-        if decisive is None:
+        if self.decisive is None:
             return "not measured"
-        return f"{decisive.better} of {decisive.sites} sites"
+        return f"{self.decisive.better} of {self.decisive.sites} sites"
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON types, its line included."""
