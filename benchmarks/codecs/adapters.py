@@ -23,9 +23,10 @@ from typing import Any
 
 from benchmarks.cgfedllm.bed import CORPORA, Table, workers
 from benchmarks.codecs.bed import Found, Job, settings
-from benchmarks.codecs.bytes_to_target import FULL, QUICK, run_all, target_row
+from benchmarks.codecs.bytes_to_target import FULL, QUICK, target_row
 from benchmarks.codecs.contenders import CELLS, CONTENDERS, Bed, Contender
 from benchmarks.codecs.figures import bytes_until, first_round
+from benchmarks.codecs.jobs import run_all
 from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
 

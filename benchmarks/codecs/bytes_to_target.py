@@ -1,12 +1,13 @@
 """Bytes of a site until the model is as good as uncompressed training makes it.
 
     python -m benchmarks.codecs bytes_to_target [--quick] [--part free] [--cell NAME ...]
-        [--contender TEXT ...]
+        [--contender TEXT ...] [--seeds N] [--rate-of-uncompressed]
         [--minutes M] [--cache FILE.jsonl] [--again TEXT ...] [--processes N] [--out FILE.json]
 
 Every contender trains the same sites with the same steps and batches. Its local learning rate is
 the best of one grid on seed 0, by the loss of the last round, and so is that of the uncompressed
-run; then all seeds run at it. The target is the loss of the uncompressed run, same cell and seed,
+run; then all seeds run at it. With `--rate-of-uncompressed` it is that of the uncompressed run,
+and costs no runs. The target is the loss of the uncompressed run, same cell and seed,
 after two thirds of the rounds. Bytes are those of the serialised messages of one site, envelopes
 included: up, down, set-up (what is installed at sites, what they send for the codec's fit) and
 "amortised", all of them. What did not reach the target in every seed is credited with all its bytes
@@ -17,17 +18,14 @@ import argparse
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from rich.console import Console
-
 from benchmarks.cgfedllm.bed import CORPORA, workers
-from benchmarks.codecs.bed import Found, Job, compete, settings
-from benchmarks.codecs.cache import SOURCE
+from benchmarks.codecs.bed import Found, Job, settings
 from benchmarks.codecs.contenders import (
     CELLS,
     CONTENDERS,
@@ -38,6 +36,7 @@ from benchmarks.codecs.contenders import (
     possible,
 )
 from benchmarks.codecs.figures import average, bytes_until, first_round, half_width
+from benchmarks.codecs.jobs import at_rate_of_uncompressed, run_all
 from benchmarks.codecs.target_claims import _reached, claims
 from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
@@ -98,61 +97,6 @@ def jobs(
         for contender in contenders
     ]
     return sorted(found, key=lambda job: job.contender.tier)
-
-
-def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
-    """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
-    report."""
-    console = Console()
-    since = time.perf_counter()
-    futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
-    found: dict[int, Found] = {}
-
-    for done in as_completed(futures):
-        number = futures[done]
-        job = waiting[number]
-        try:
-            each = done.result()
-        except Exception as error:  # a fault of one contender must not cost the hours of all others
-            report.skip(
-                f"{job.cell}, {job.contender.name}: {type(error).__name__}: {str(error)[:300]}"
-            )
-            each = Found(job.cell, job.contender, {}, [], complete=True)
-
-        found[number] = each
-        rows = [*each.tuning.values(), *each.runs]
-        state = "" if each.complete else ", time is over"
-        stopped = next((f", {row['stopped']}" for row in rows if "stopped" in row), "")
-        console.print(
-            f"{len(found)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {each.cell}: "
-            f"{each.contender.name}, "
-            f"{len(each.tuning)} rates, {len(each.runs)} seeds{state}{stopped}"[:240],
-            markup=False,
-            soft_wrap=True,
-        )
-
-    results = [found[number] for number in sorted(found)]
-    for each in results:
-        if not each.complete:
-            report.skip(
-                f"{each.cell}, {each.contender.name}: time was over after {len(each.tuning)} "
-                "learning rates and "
-                f"{len(each.runs)} seeds"
-            )
-
-    old = {row["key"] for each in results for row in (*each.tuning.values(), *each.runs)}
-    old -= {
-        row["key"]
-        for each in results
-        for row in (*each.tuning.values(), *each.runs)
-        if row["source"] == SOURCE
-    }
-    if old:
-        report.skip(
-            f"{len(old)} runs are from the cache and of another state of the package; see --again"
-        )
-
-    return results
 
 
 def table(found: Sequence[Found], bed: Bed) -> list[Row]:
@@ -268,14 +212,27 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, help="default: as many as cores")
     parser.add_argument("--part", choices=["main", "free"], default="main")
+    parser.add_argument("--seeds", type=int, help="default: as many as the bed has")
+    parser.add_argument(
+        "--rate-of-uncompressed",
+        action="store_true",
+        help="give every contender the learning rate that is best for the uncompressed run",
+    )
     options = parser.parse_args()
     load = os.getloadavg()
     deadline = time.time() + 60 * options.minutes
     bed = QUICK if options.quick else FULL
+    bed = replace(bed, seeds=options.seeds or bed.seeds)
     wanted = options.cell or (["stdlib"] if options.quick else list(CELLS))
     report = Report(
         "bytes_to_target",
-        {"quick": options.quick, "part": options.part, "cells": wanted, **settings(bed)},
+        {
+            "quick": options.quick,
+            "part": options.part,
+            "cells": wanted,
+            "rate_of_uncompressed": options.rate_of_uncompressed,
+            **settings(bed),
+        },
     )
 
     for cell in wanted:
@@ -298,8 +255,10 @@ def main() -> None:
         if options.part == "free":
             free(pool, cells, contenders, bed, options, deadline, report)
         else:
-            found = run_all(pool, jobs(cells, contenders, bed, options, deadline), report)
-            report.rows = table(found, bed)
+            waiting = jobs(cells, contenders, bed, options, deadline)
+            if options.rate_of_uncompressed:
+                waiting = at_rate_of_uncompressed(pool, waiting, report)
+            report.rows = table(run_all(pool, waiting, report), bed)
             report.claims = claims(report.rows)
 
     for cell in cells:

@@ -1,7 +1,7 @@
 """Cells and contenders of the benchmarks of codecs."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from benchmarks.cgfedllm.bed import CORPORA, Table
@@ -146,6 +146,12 @@ def grid(cell: str, bed: Bed) -> tuple[float, ...]:
     other models."""
     times = 2 if CORPORA[cell].model == "stories260k" else 1
     return tuple(times * rate for rate in bed.learning_rates)
+
+
+def only(cell: str, bed: Bed, learning_rate: float) -> Bed:
+    """Return a bed with no other learning rate than this one of its grid."""
+    place = grid(cell, bed).index(learning_rate)
+    return replace(bed, learning_rates=bed.learning_rates[place : place + 1])
 
 
 def resolve(

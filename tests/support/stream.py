@@ -265,9 +265,15 @@ def in_thread(work: Callable[[], Any]) -> Iterator[queue.SimpleQueue[Any]]:
 
 
 def raw(
-    invitation: Invitation, messages: Iterable[bytes], **changes: Any
+    invitation: Invitation,
+    messages: Iterable[bytes],
+    heard: threading.Semaphore | None = None,
+    **changes: Any,
 ) -> tuple[list[bytes], "grpc.StatusCode | None"]:
-    """Send messages as any program may; return the answers and the code of the end."""
+    """Send messages as any program may; return the answers and the code of the end.
+
+    `heard` is released once for each message of the server, its welcome included.
+    """
     given = {
         SESSION_KEY: invitation.session,
         TOKEN_KEY: invitation.token,
@@ -282,7 +288,9 @@ def raw(
         answering = call(iter(messages), metadata=metadata, timeout=WAIT_S)
         try:
             for answer in answering:
-                answers.append(answer)  # noqa: PERF402 - what came before an error counts
+                answers.append(answer)
+                if heard is not None:
+                    heard.release()
         except grpc.RpcError:
             return answers, answering.code()
 
