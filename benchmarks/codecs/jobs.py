@@ -68,9 +68,7 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
     return results
 
 
-def at_rate_of_uncompressed(
-    pool: Executor, waiting: Sequence[Job], report: Report
-) -> list[Job]:
+def at_rate_of_uncompressed(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Job]:
     """Run the uncompressed contender of each cell; return all jobs with no other learning rate than
     its best."""
     references = [job for job in waiting if job.contender.role == "reference"]
