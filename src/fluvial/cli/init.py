@@ -64,10 +64,11 @@ def init(
         str | None, typer.Option(help="A file with text of no site, to choose the codec on.")
     ] = None,
     heldout: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Held-out records of all sites: a file with the same columns, or a folder with a "
-            "file of each site. With one --data only."
+            help="Held-out records: a file, or a folder with a file of each site. With several "
+            "--data, all sites are measured on this file; SITE=FILE is for one of them, and may "
+            "be repeated."
         ),
     ] = None,
     no_input: Annotated[
@@ -89,24 +90,21 @@ def init(
 
     several = data is not None and len(data) > 1
     faults = Faults()
-    for option, given, remedy in (
-        ("--site-column", site_column, "remove it"),
-        ("--sites", sites, "remove it"),
-        ("--heldout", heldout, "set heldout_source in the table of each site"),
-    ):
+    for option, given in (("--site-column", site_column), ("--sites", sites)):
         if several and given is not None:
             faults.add(
-                f"{option}: without effect beside several --data, each of which is a site; {remedy}"
+                f"{option}: without effect beside several --data, each of which is a site; remove "
+                "it"
             )
 
     asks = not no_input and _on_terminal()
+    from fluvial.runs.proposal.heldout import fitted, read_heldout
     from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import (
         facts_about,
         read_records,
-        refuse_other_task,
         separate,
         sites_by_source,
     )
@@ -117,13 +115,17 @@ def init(
 
     if public is not None:
         read_records(public, "--public")
-    asked = None if heldout is None or several else read_records(heldout, "--heldout")
+    asked = {}
+    try:
+        asked = read_heldout(heldout or [], data or [])
+    except ConfigError as error:
+        faults.include(error)
     if data is not None and several and faults.count:
         try:
             separate(data, renamed)
         except ConfigError as error:
             faults.include(error)
-        faults.raise_any()
+    faults.raise_any()
 
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
@@ -160,8 +162,7 @@ def init(
     _found(divided.words(), asks)
     if not renamed:
         records = _with_answers(records, divided, asks)
-    if asked is not None:
-        refuse_other_task(records, asked)
+    apart = fitted(asked, records)
 
     if chosen_limits is None and asks:
         for name, meaning in LIMITS.items():
@@ -190,7 +191,7 @@ def init(
                 chosen,
                 uplink_mbps=uplink,
                 public=public,
-                heldout=heldout,
+                heldout=apart,
             )
     except DataError as error:
         raise DataError(

@@ -1,12 +1,14 @@
 """Held-out records that several sites have in common, which are one observation and not several."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from fluvial.data.config import DataConfig
 from fluvial.data.examples import Question
 from fluvial.data.leaks import digest
+from fluvial.data.partition import Files, Natural
 from fluvial.data.texts import SiteData
 
 
@@ -37,6 +39,29 @@ class Overlap:
             distinct_questions=len(questions),
             independent_questions=independent(questions.values()),
         )
+
+
+def own_only(config: DataConfig, measured: Mapping[str, Set[bytes]]) -> list[str]:
+    """Return a remark where sites with owners have no held-out record in common, or none.
+
+    `measured` has the digests of the held-out sequences of each site. Held-out records that the
+    user divided by a column or by files are taken as meant so.
+    """
+    owned = isinstance(config.partition, Natural | Files) and not config.heldout_source
+    meant = config.bundled or bool(config.heldout_split) or not (config.by_site or owned)
+    if meant or len(measured) < 2 or set.intersection(*map(set, measured.values())):
+        return []
+
+    remedy = (
+        "name one file for all, as heldout_source of each table data.by_site.NAME (`fluvial init` "
+        "writes it for --heldout FILE)"
+        if config.by_site
+        else "name a data.heldout_source that has the same records for each site"
+    )
+    return [
+        "held-out records: each site is measured on its own only, so the run cannot show whether a "
+        f"site learns what only the others know; to show it, {remedy}"
+    ]
 
 
 def independent(counts: Iterable[int]) -> float:

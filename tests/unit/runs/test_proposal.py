@@ -121,35 +121,6 @@ def test_an_uplink_that_is_not_known_is_said(tiny_model: Path) -> None:
     assert "assumed" not in run_init("--force", "--yes", *options, "--uplink", "1").output
 
 
-def test_held_out_records_of_all_sites(tiny_model: Path) -> None:
-    asked = written(answers(3, prompt="Who had case {}?"), "asked.jsonl")
-    config = proposed(
-        *("--model", str(tiny_model), "--data", written(answers()), "--heldout", asked)
-    )
-    assert config.data.heldout_source is not None
-    assert Path(config.data.heldout_source).name == "asked.jsonl"
-    assert "heldout_share" not in Path("q.toml").read_text()
-    north = written([row for row in answers(3) if row["hospital"] == "north"], "north.jsonl")
-    with pytest.raises(ConfigError, match="heldout_source has no records of site 'south'"):
-        proposed("--force", "--model", "embedded", "--data", "records.jsonl", "--heldout", north)
-    Path("plain.txt").write_text("A line.\nAnother line.\n")
-    plain = ("--data", "records.jsonl", "--heldout", "plain.txt")
-    with pytest.raises(ConfigError, match=r"--heldout 'plain.txt': is plain text and the records"):
-        run_init("--force", "--yes", "--model", str(tiny_model), *plain)
-
-
-def test_held_out_records_are_of_the_same_task_by_the_same_columns(tiny_model: Path) -> None:
-    """A column 'text' that is a question: alone, it would be plain text."""
-    rows = [
-        {"who": row["hospital"], "text": row["question"], "label": row["answer"]}
-        for row in answers()
-    ]
-    data, asked = written(rows), written(rows, "asked.jsonl")
-    columns = ("--column", "prompt=text", "--column", "completion=label", "--site-column", "who")
-    config = proposed("--model", str(tiny_model), "--data", data, "--heldout", asked, *columns)
-    assert config.data.columns == {"prompt": "text", "completion": "label"}
-
-
 def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) -> None:
     """A spreadsheet, JSON lines and a folder."""
     lines = "".join(f"Fall {n}: für wen?;Haus {n}\n" for n in range(12))
@@ -206,7 +177,8 @@ def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:
     words = "'shift' or 'team' may be the answer.*--column rome:prompt=text"
     with pytest.raises(ConfigError, match=words):
         run_init("--force", "--yes", *sources, *oslo)
-    every = f"(?s)3 faults.*--heldout: without.*{words}.*'oslo.jsonl': which of the columns q, a "
+    missing = "(?s)3 faults.*--heldout: there is no file"
+    every = f"{missing}.*{words}.*'oslo.jsonl': which of the columns q, a "
     with pytest.raises(ConfigError, match=every):
         run_init("--force", "--yes", *sources, "--heldout", "held.jsonl")
     with pytest.raises(ConfigError, match="--column bern:...: no --data makes a site 'bern'"):

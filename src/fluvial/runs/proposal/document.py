@@ -72,7 +72,7 @@ def toml_value(value: Any) -> str:
         return json.dumps(value, ensure_ascii=not value.isprintable())
     if isinstance(value, Mapping):
         pairs = (f"{key} = {toml_value(item)}" for key, item in value.items())
-        return f"{{ {', '.join(pairs)} }}"
+        return f"{{ {', '.join(pairs)} }}" if value else "{}"
     if isinstance(value, Sequence):
         return f"[{', '.join(map(toml_value, value))}]"
 

@@ -15,11 +15,9 @@ DELIMITERS = (",", ";", "\t", "|")
 def usual_reading(path: Path) -> dict[str, str]:
     """Return encoding and delimiter of a file, or of the first file of a folder, where they are not
     the usual ones; they are proposals that the user sees."""
-    if path.is_dir():
-        if is_saved(path):
-            return {}
-        files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
-        path = files[0] if files else path
+    if path.is_dir() and is_saved(path):
+        return {}
+    path = _first(path)
     if not path.is_file() or path.suffix.lower() == ".parquet":
         return {}
 
@@ -39,11 +37,31 @@ def usual_reading(path: Path) -> dict[str, str]:
     return {}  # the reader says what is wrong
 
 
+def is_ascii(path: Path) -> bool:
+    """Return whether a file, or the first file of a folder, reads the same in every encoding of
+    one byte and in UTF-8."""
+    path = _first(path.expanduser())
+    return path.is_file() and path.read_bytes().isascii()
+
+
+def usual_delimiter(suffix: str) -> str:
+    """Return the usual character between the columns of files with this suffix."""
+    return "\t" if suffix == ".tsv" else ","
+
+
+def _first(path: Path) -> Path:
+    """Return a file itself, and the first file of records of a folder that has some."""
+    if not path.is_dir():
+        return path
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in READERS)
+    return files[0] if files else path
+
+
 def _delimiter(text: str, suffix: str) -> str | None:
     """Return the character between the columns, None for the usual one of the suffix."""
     if suffix not in DELIMITED:
         return None
     header = text.lstrip("\ufeff\r\n").splitlines()[:1] or [""]
-    usual = "\t" if suffix == ".tsv" else ","
+    usual = usual_delimiter(suffix)
     best = max(DELIMITERS, key=lambda mark: (header[0].count(mark), mark == usual))
     return None if best == usual or not header[0].count(best) else best

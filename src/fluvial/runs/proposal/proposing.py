@@ -2,6 +2,7 @@
 
 import os
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.document import document
+from fluvial.runs.proposal.heldout import Heldout
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import (
     DataFacts,
+    RecordFiles,
     SeparateFacts,
     Sites,
     answer_pairs,
@@ -47,9 +50,11 @@ def propose(
     *,
     uplink_mbps: float | None = None,
     public: str | None = None,
-    heldout: str | None = None,
+    heldout: Mapping[str, Heldout] | None = None,
 ) -> Proposal:
     """Return a configuration for `file`, which is not written.
+
+    `heldout` has the held-out records that are given, see `heldout.fitted`.
 
     Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
     """
@@ -60,8 +65,8 @@ def propose(
         model=model,
         model_path=path_from(file, model.name) if model.local else model.name,
         data=data,
-        data_path=_named(file, data),
-        data_paths={name: _named(file, part) for name, part in data.parts.items()}
+        data_path=_named(file, data.files),
+        data_paths={name: _named(file, part.files) for name, part in data.parts.items()}
         if isinstance(data, SeparateFacts)
         else {},
         sites=sites,
@@ -70,7 +75,8 @@ def propose(
         limits=limits,
         uplink_mbps=uplink_mbps,
         public_path=None if public is None else path_from(file, public),
-        heldout_path=None if heldout is None else path_from(file, heldout),
+        heldout=heldout or {},
+        heldout_paths={name: _named(file, own.files) for name, own in (heldout or {}).items()},
     )
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "none"
     head = [
@@ -102,9 +108,9 @@ def _found(answers: Answers) -> tuple[str, ...]:
     )
 
 
-def _named(file: Path, data: DataFacts) -> str:
+def _named(file: Path, records: RecordFiles) -> str:
     """Return the name of a source as `file` has it."""
-    return path_from(file, data.source) if data.files.local else data.source
+    return path_from(file, records.source) if records.local else records.source
 
 
 def path_from(file: Path, name: str) -> str:

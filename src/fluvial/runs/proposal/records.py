@@ -92,9 +92,14 @@ class DataFacts:
         return self.form in CONVERSATIONS
 
     @property
+    def texts(self) -> Sequence[str]:
+        """Return the fields that a record of this form must have."""
+        return REQUIRED_FIELDS[self.form]
+
+    @property
     def other_columns(self) -> list[str]:
         """Return the columns that are no text of a record."""
-        used = {self.columns.get(field, field) for field in REQUIRED_FIELDS[self.form]}
+        used = {self.columns.get(field, field) for field in self.texts}
         return [name for name in self.names if name not in used]
 
     def sample(self) -> list[Record]:
@@ -209,7 +214,7 @@ def separate(
     `ConfigError` for two sources of one name, `DataError` with the faults of all sources, and
     `ConfigError` for plain text beside questions with answers.
     """
-    names = list(map(_site_of, sources))
+    names = list(map(site_of, sources))
     for name in columns.keys() - {"", *names}:
         raise ConfigError(
             f"--column {name}:...: no --data makes a site {name!r}; they make {', '.join(names)}"
@@ -247,7 +252,7 @@ def separate(
     return SeparateFacts(files, next(iter(forms)), {}, False, parts)
 
 
-def _site_of(source: str) -> str:
+def site_of(source: str) -> str:
     """Return the name of a source's site: that of its file without suffix, or of its folder.
 
     Raises `ConfigError` for one that can be no site's.
@@ -290,23 +295,6 @@ def _part(
             f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
         )
     return part
-
-
-def refuse_other_task(data: DataFacts, heldout: RecordFiles) -> None:
-    """Raise `ConfigError` where `heldout` is plain text and `data` has answers, or the reverse."""
-    same = set(data.columns.values()) <= set(heldout.names)
-    try:
-        form = facts_about(heldout, data.columns if same else {}).form
-    except ConfigError:  # its columns are the run's, by which it is read and checked
-        return
-    if (form == "text") != (data.form == "text"):
-        one, other = ("is plain text", "have answers")
-        if form != "text":
-            one, other = ("has answers", "are plain text")
-        raise ConfigError(
-            f"--heldout {heldout.source!r}: {one} and the records {other}, which are two tasks; "
-            "name held-out records of the same task"
-        )
 
 
 def sites_by_source(facts: SeparateFacts) -> Sites:

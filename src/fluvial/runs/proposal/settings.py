@@ -13,6 +13,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.proposal.aims import DEFAULT_ROUNDS, PASSES, Aim, aim_of, is_small
 from fluvial.runs.proposal.document import Section, Setting, toml_value
+from fluvial.runs.proposal.heldout import ALL, Heldout
 from fluvial.runs.proposal.lengths import Lengths
 from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
@@ -59,17 +60,27 @@ class Answers:
     """Source of public text as the file has it."""
     data_paths: Mapping[str, str] = field(default_factory=dict)
     """Names of the sources of sites that have one each, as the file has them."""
-    heldout_path: str | None = None
-    """Source of held-out records of all sites as the file has it."""
+    heldout: Mapping[str, Heldout] = field(default_factory=dict)
+    """Held-out records with a source of their own, by site or of all, see `heldout.fitted`."""
+    heldout_paths: Mapping[str, str] = field(default_factory=dict)
+    """Names of their sources, as the file has them."""
 
     @property
     def heldout_share(self) -> float:
-        """Return the least share of the usual ones that leaves each site a held-out record; 0
-        where held-out records have a source of their own."""
-        if self.heldout_path is not None:
+        """Return the least share of the usual ones that leaves a held-out record to each site
+        without a source of these; 0 where there is no such site."""
+        counts = self.sharing.values()
+        if not counts:
             return 0.0
-        least = min(self.kept.values())
+        least = min(counts)
         return next(share for share in (0.1, 0.2, 0.3, 0.5) if 0 < round(share * least) < least)
+
+    @property
+    def sharing(self) -> dict[str, int]:
+        """Return the sites that hold out a share of their records."""
+        if ALL in self.heldout:
+            return {}
+        return {name: count for name, count in self.kept.items() if name not in self.heldout}
 
     @property
     def kept(self) -> dict[str, int]:
@@ -80,7 +91,11 @@ class Answers:
     def sequences(self) -> dict[str, float]:
         """Return the training sequences of each site, about."""
         each = self.lengths.sequences(self.max_length, text=self.data.form == "text")
-        return {name: count * (1 - self.heldout_share) * each for name, count in self.kept.items()}
+        share = self.heldout_share
+        return {
+            name: count * (1 - share if name in self.sharing else 1) * each
+            for name, count in self.kept.items()
+        }
 
     @property
     def assumed(self) -> tuple[str, ...]:
@@ -198,16 +213,30 @@ def _lora(answers: Answers) -> Section:
     return Section("[lora]", settings)
 
 
-def _source(data: DataFacts, path: str) -> list[Setting]:
-    """Return the settings of a source of records: where it lies, and how it is read."""
+def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> list[Setting]:
+    """Return the settings of a source of records and of its held-out records: where they lie, and
+    how they are read."""
     settings = [Setting("source", path, f"{len(data.rows):,} records, {data.form}")]
     for key, value in data.files.reading.items():
         settings.append(Setting(key, value, "as the file was found; `fluvial preview` shows it"))
     if data.columns:
         why = "our field = your column"
         settings.append(Setting("columns", dict(data.columns), why))
-    if data.numbers:
+    apart = answers.heldout.get(site)
+    if data.numbers or (apart is not None and apart.numbers):
         settings.append(Setting("numbers", "text", "some texts are JSON numbers"))
+    if apart is None:
+        return settings
+
+    why = "held-out records of this site"
+    if site == ALL:
+        why = "held-out records, divided among the sites as the others"
+    elif list(answers.heldout_paths.values()).count(answers.heldout_paths[site]) > 1:
+        why = "held-out records that sites share"
+    settings.append(Setting("heldout_source", answers.heldout_paths[site], why))
+    if apart.reading:
+        why = "where they are read in another way than the source"
+        settings.append(Setting("heldout", dict(apart.reading), why))
     return settings
 
 
@@ -218,7 +247,7 @@ def _by_site(answers: Answers) -> list[Section]:
     return [
         Section(
             f"[data.by_site.{json.dumps(name) if not KEY.fullmatch(name) else name}]",
-            _source(part, answers.data_paths[name]),
+            _source(answers, part, answers.data_paths[name], name),
         )
         for name, part in answers.data.parts.items()
     ]
@@ -227,7 +256,7 @@ def _by_site(answers: Answers) -> list[Section]:
 def _data(answers: Answers) -> Section:
     data = answers.data
     separate = isinstance(data, SeparateFacts)
-    settings = [] if separate else _source(data, answers.data_path)
+    settings = [] if separate else _source(answers, data, answers.data_path)
     settings += [*_sites(answers), *_lengths(answers)]
     if data.is_conversation and not answers.model.has_template:
         why = "roles as words, since the tokenizer has no chat template"
@@ -261,14 +290,13 @@ def _sites(answers: Answers) -> list[Setting]:
         why = f"without {', '.join(map(shown, left_out[:5]))}, which have one record each"
         settings.append(Setting("sites", sorted(answers.kept), why))
     share = answers.heldout_share
-    if answers.heldout_path is not None:
-        why = "held-out records, divided among the sites as the others"
-        settings.append(Setting("heldout_source", answers.heldout_path, why))
-    elif share != 0.1:
-        least = min(answers.kept, key=lambda name: answers.kept[name])
-        why = f"the smallest site, {shown(least)}, has {answers.kept[least]} records"
+    counts = answers.sharing
+    if counts and share != 0.1:
+        least = min(counts, key=lambda name: counts[name])
+        why = f"the smallest site, {shown(least)}, has {counts[least]} records"
         settings.append(Setting("heldout_share", share, why))
-    if max(answers.sequences.values()) * share / (1 - share) > MEASURED:
+    largest = max((answers.sequences[name] for name in counts), default=0.0)
+    if largest * share / (1 - share) > MEASURED:
         settings.append(Setting("max_heldout", MEASURED, "enough for the mean of a site"))
     return settings
 

@@ -1,0 +1,124 @@
+"""Held-out records beside the records of a proposal: of all sites, or of one of several."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluvial.data.files import UTF8
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.file_reading import is_ascii, usual_delimiter
+from fluvial.runs.proposal.records import (
+    DataFacts,
+    RecordFiles,
+    SeparateFacts,
+    facts_about,
+    read_records,
+    site_of,
+)
+from fluvial.storage.kinds import kind_of, taken_over
+
+ALL = ""
+"""Key of the held-out records of all sites, in tables by site."""
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Held-out records of a source, and how they are read."""
+
+    files: RecordFiles
+    reading: Mapping[str, Any]
+    """Settings in which its reading differs from that of the records to train on."""
+    numbers: bool
+    """True where a text is a JSON number or boolean."""
+
+
+def read_heldout(options: Sequence[str], sources: Sequence[str]) -> dict[str, RecordFiles]:
+    """Return the records that each `--heldout` names, by site; those of all sites are under `ALL`.
+
+    `sources` are those of --data. With several, SITE=FILE names the records of one site. Raises
+    `ConfigError` for two of one site, for a site that there is not, and for what cannot be read.
+    """
+    sites = list(map(site_of, sources)) if len(sources) > 1 else []
+    found: dict[str, RecordFiles] = {}
+    for option in options:
+        site, source = _parted(option, sites)
+        if site in found:
+            of = f"of site {site!r}" if site else "of all sites"
+            raise ConfigError(f"--heldout {option!r}: names the records {of} again; keep one")
+        found[site] = read_records(source, "--heldout")
+
+    if sites and found.keys() >= {ALL, *sites}:
+        raise ConfigError(
+            f"--heldout {found[ALL].source!r}: without effect, because each site has one of its "
+            "own; remove it"
+        )
+    return found
+
+
+def fitted(asked: Mapping[str, RecordFiles], data: DataFacts) -> dict[str, Heldout]:
+    """Return the held-out records of each site of `SeparateFacts` that has some, and of any other
+    facts under `ALL`.
+
+    Raises `ConfigError` for records of another task, and for columns that fit no form.
+    """
+    if not isinstance(data, SeparateFacts):
+        return {ALL: _fitted(asked[ALL], data)} if asked else {}
+    chosen = {name: asked.get(name, asked.get(ALL)) for name in data.parts}
+    return {
+        name: _fitted(files, data.parts[name])
+        for name, files in chosen.items()
+        if files is not None
+    }
+
+
+def _parted(option: str, sites: Sequence[str]) -> tuple[str, str]:
+    """Return the site and the source that an option names; the site is `ALL` where it names
+    none."""
+    site, mark, source = option.partition("=")
+    if not sites or not mark or (site not in sites and Path(option).expanduser().exists()):
+        return ALL, option
+    if site not in sites:
+        raise ConfigError(
+            f"--heldout {option!r}: no --data makes a site {site!r}; they make {', '.join(sites)}"
+        )
+    return site, source
+
+
+def _fitted(files: RecordFiles, data: DataFacts) -> Heldout:
+    """Return the held-out records of `files`, as they are read beside the records of `data`."""
+    same = set(data.columns.values()) <= set(files.names)
+    try:
+        facts = facts_about(files, data.columns if same else {})
+    except ConfigError:
+        named = [data.columns.get(field, field) for field in data.texts]
+        raise ConfigError(
+            f"--heldout {files.source!r}: its columns {', '.join(files.names)} fit no form of a "
+            f"record; name them {' and '.join(named)}, as in {data.source!r}"
+        ) from None
+
+    if (facts.form == "text") != (data.form == "text"):
+        one, other = ("is plain text", "have answers")
+        if facts.form != "text":
+            one, other = ("has answers", "are plain text")
+        raise ConfigError(
+            f"--heldout {files.source!r}: {one} and the records {other}, which are two tasks; "
+            "name held-out records of the same task"
+        )
+
+    reading: dict[str, Any] = {}
+    if facts.columns != data.columns:
+        reading["columns"] = dict(facts.columns)
+    return Heldout(files, reading | _bytes_reading(files, data.files), facts.numbers)
+
+
+def _bytes_reading(files: RecordFiles, beside: RecordFiles) -> dict[str, str]:
+    """Return encoding and delimiter where those of the records `beside` do not hold."""
+    kind = kind_of(files.source)
+    inherited = taken_over(beside.reading, kind_of(beside.source), kind)
+    reading = {key: value for key, value in files.reading.items() if inherited.get(key) != value}
+    if "encoding" in inherited.keys() - files.reading and not is_ascii(Path(files.source)):
+        reading["encoding"] = UTF8
+    if "delimiter" in inherited.keys() - files.reading:
+        reading["delimiter"] = usual_delimiter(kind)
+    return reading
