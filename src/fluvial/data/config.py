@@ -1,7 +1,7 @@
 """The settings of the data: sources, form of the records, reading, partition."""
 
 from collections.abc import Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -161,6 +161,26 @@ class DataConfig(Settings):
         if "heldout_source" in own:
             table.pop("heldout_share", None)
         return DataConfig.model_validate({**table, **own})
+
+    def readings(self) -> list[dict[str, Any]]:
+        """Return the ways in which the run's sources are read, each once, without their names: as
+        tables of settings of [data], and `suffix`, the kind of the source's files."""
+        tables = [self.of_site(name) for name in sorted(self.by_site)] or [self]
+        sources = [
+            (data, name, own)
+            for data in tables
+            for name, own in ((data.source, None), (data.heldout_source, data.heldout))
+        ]
+        found: list[dict[str, Any]] = []
+        for data, name, own in (*sources, (self, self.public_source, self.public)):
+            if name is None or name in BUNDLED:
+                continue
+            reading = data.reading(own, None if name == data.source else name)
+            table = reading.model_dump(exclude={"own"}, exclude_none=True)
+            table["suffix"] = kind_of(name)
+            if table not in found:
+                found.append(table)
+        return found
 
     def _idle_beside_sites(self, touched: set[str]) -> Iterator[str]:
         """Yield a line for what has no effect beside `by_site`, or is wrong in it."""

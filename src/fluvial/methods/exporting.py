@@ -108,7 +108,7 @@ def _write(name: str, reporting: Reporting, save: Callable[[Path], None]) -> str
     save(draft)
 
     base = weights_digest(weights_folder(reporting.pool.config))
-    exported.write(draft, __version__, reporting.settings, base)
+    exported.write(draft, __version__, reporting.settings, base, reporting.data.readings())
     digest = hashlib.sha256()
 
     for path in sorted(draft.glob("*.safetensors")):

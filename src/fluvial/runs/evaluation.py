@@ -1,18 +1,24 @@
 """Settings of `fluvial evaluate`: what a folder tells about its run, and what --set adds."""
 
-from collections.abc import Iterator, Sequence
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
 
 from fluvial.data import DataConfig, DataError
 from fluvial.data.config import READING
+from fluvial.data.faults import Faults
 from fluvial.data.files import UTF8
 from fluvial.data.forms import CONVERSATIONS
-from fluvial.data.sources import DELIMITED
+from fluvial.data.sources import DELIMITED, Source, read_source
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
+from fluvial.runs.proposal.document import toml_value
 from fluvial.storage import exported, toml
+from fluvial.storage.kinds import kind_of, taken_over
 from fluvial.training.assess import whole_file
 from fluvial.training.folders import measured_as
 
@@ -20,8 +26,16 @@ RECORDS = frozenset(DataConfig.model_fields) - exported.PLACES | {"max_heldout"}
 """Settings of [data] that change how records of a file are read or scored."""
 
 
+Way = TypeVar("Way")
 SITES = "sites"
-"""Key of the sites whose records are read in their own way, in what a folder tells about a run."""
+"""Key of the sites whose tables fit the file, where the one that is named does not, in what a
+folder tells about a run."""
+EXAMPLES: dict[str, Any] = {
+    "encoding": "cp1252",
+    "delimiter": ";",
+    "columns": {"completion": "answer"},
+}
+"""Values of settings that an error about records may ask for."""
 AS_SITE = "as_site"
 """Key of the site, or of the sites, as whose records those to measure are read, in the same."""
 
@@ -41,39 +55,120 @@ def own_reading(
 ) -> dict[str, Any]:
     """Return what a folder tells about its `run`, with [data] as the run reads the file `records`.
 
-    That is the table of `site`, or of the sites whose own file this is. Held-out and public records
-    of the run have their own settings. Raises `ConfigError` for a site without a table, and for a
-    file that the tables of two sites read in two ways.
+    That is the table of `site`, or of the sites whose own file this is, else the only way of the
+    run in which the file can be read. Held-out and public records of the run have their own
+    settings. Raises `ConfigError` for a site without a table, and for a file that can be read in
+    two ways.
     """
     config = exported.config_around(folder) if folder.is_dir() else None
     if config is None:
         if site is not None:
             raise ConfigError(
-                f"--site {site}: no run lies around {folder}, which would tell how it reads the "
-                "records of this site; give the folder of the run, or set what differs with --set"
+                f"--site {site}: no run lies around {folder}, and a written folder names no sites; "
+                "remove it: the file is read as the run read files with its columns"
             )
-        return run
+        return _alone(run, records)
 
     data = toml.read(DataConfig, config["data"], str(folder))
     tables = {name: data.of_site(name) for name in sorted(data.by_site)}
     if site is not None and site not in tables:
-        why = f"data.by_site of the run has no such table; its tables are {', '.join(tables)}"
+        why = f"data.by_site of the run has no such table; name one of {', '.join(tables)}"
         if not tables:
             why = "without effect, because the run reads all sites' records in one way; remove it"
         raise ConfigError(f"--site {site}: {why}")
 
+    known = {name: _reading(table, records) for name, table in tables.items()}
     chosen = [site] if site else [name for name in tables if _reads(tables[name], records)]
-    own = [_reading(table, records) for table in map(tables.__getitem__, chosen)]
     if not tables:
-        own = [_reading(data, records)]
-    if not own:
-        return {**run, SITES: list(tables)}
+        return {**run, **_reading(data, records)}
+    if records is not None and (site or not chosen):
+        fitting = _that_fit(known, records)
+        if site and site not in fitting:
+            run = {**run, SITES: fitting}
+        chosen = chosen or fitting
+    if not chosen:
+        return run
+
+    own = [known[name] for name in chosen]
     if any(other != own[0] for other in own[1:]):
         raise ConfigError(
-            f"--data {records}: the tables of {', '.join(chosen)} in data.by_site name this file "
-            "and read it in different ways; choose one with --site NAME"
+            f"--data {records}: the tables of {', '.join(chosen)} in data.by_site "
+            "read this file in different ways; choose one with --site NAME"
         )
-    return {**run, **own[0], **({AS_SITE: ", ".join(chosen)} if chosen else {})}
+    return {**run, **own[0], AS_SITE: ", ".join(chosen)}
+
+
+def _alone(run: dict[str, Any], records: Path | None) -> dict[str, Any]:
+    """Return what a folder without its run tells, with [data] in the only way of the run in which
+    `records` can be read.
+
+    Where the run had one source for all sites, the way of that source goes before those of its
+    held-out and public records. Raises `ConfigError` for two ways.
+    """
+    readings = run.get(exported.READINGS)
+    if records is None or not readings:
+        return run
+
+    ways: dict[int, dict[str, Any]] = {}
+    for number, reading in enumerate(readings):
+        own = {key: value for key, value in reading.items() if key != "suffix"}
+        data = {key: value for key, value in run["data"].items() if key not in READING}
+        table = taken_over({**data, **own}, reading.get("suffix", ""), kind_of(records))
+        told = {"data": table, "suffix": kind_of(records)}
+        if told not in ways.values():
+            ways[number] = told
+
+    fitting = [ways[number] for number in _that_fit(ways, records)]
+    if not fitting:
+        return run
+    if len(fitting) > 1 and not run.get("suffix"):
+        keys = [key for key in READING if len({str(way["data"].get(key)) for way in fitting}) > 1]
+        values = [" ".join(_as_set(key, way["data"].get(key)) for key in keys) for way in fitting]
+        raise ConfigError(
+            f"--data {records}: sites of the run read such a file in different ways; add "
+            f"{', or '.join(values)}"
+        )
+    return {**run, **fitting[0]}
+
+
+def _as_set(key: str, value: Any) -> str:
+    """Return a setting of [data] as an option of the command."""
+    value = {"columns": {}, "encoding": UTF8, "delimiter": ","}.get(key) if value is None else value
+    return f"--set {shlex.quote(f'data.{key}={toml_value(value)}')}"
+
+
+def _that_fit(ways: Mapping[Way, dict[str, Any]], records: Path) -> list[Way]:
+    """Return the keys of the ways in which the file `records` can be read.
+
+    Text that is UTF-8 is not read by an encoding of one byte, which fits every text.
+    """
+    fitting = [key for key, told in ways.items() if _fits(told, records)]
+    plain = [_all_but_encoding(ways[key]) for key in fitting if _encoding(ways[key]) == UTF8]
+    return [
+        key
+        for key in fitting
+        if _encoding(ways[key]) == UTF8 or _all_but_encoding(ways[key]) not in plain
+    ]
+
+
+def _encoding(told: Mapping[str, Any]) -> str:
+    return str(told["data"].get("encoding", UTF8))
+
+
+def _all_but_encoding(told: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in told["data"].items() if key != "encoding"}
+
+
+def _fits(told: Mapping[str, Any], records: Path) -> bool:
+    """Return whether the file `records` can be read by what is `told` about [data]."""
+    try:
+        data = DataConfig.model_validate({**told["data"], "source": str(records)})
+        faults = Faults()
+        source = Source("--data", data.source, data.split, data.reading(), strict=False)
+        read_source(source, faults)
+    except (ConfigError, ValidationError):
+        return False
+    return not faults.count
 
 
 def _reads(data: DataConfig, records: Path | None) -> bool:
@@ -108,12 +203,13 @@ def with_remedies(run: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except DataError as error:
-        remedies = [f"--site NAME, one of {', '.join(run[SITES])}"] if run.get(SITES) else []
-        if "--set" not in str(error):
-            remedies.append("--set with a line such as 'data.columns={completion = \"answer\"}'")
+        remedies = [f"--site {name}, whose table fits the file" for name in run.get(SITES, [])]
+        if not remedies and "--set" not in str(error):
+            named = (key for key in EXAMPLES if f"data.{key}" in str(error))
+            remedies.append(_as_set(key := next(named, "columns"), EXAMPLES[key]))
         if not remedies:
             raise
-        raise ConfigError(f"{error}. Settings of [data] come by {' or '.join(remedies)}") from error
+        raise ConfigError(f"{error}. With this command, add {' or '.join(remedies)}") from error
 
 
 def evaluation_settings(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from safetensors.torch import load_file, save_file
 
 from fluvial import __version__
-from fluvial.data import with_template
+from fluvial.data import DataConfig, with_template
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.federation.store import folder_of
 from fluvial.methods import METHODS
@@ -28,7 +28,7 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.runs.model_card import Described, Form, base_name, model_card
 from fluvial.runs.site_weights import kept_by, site_weights
-from fluvial.storage import exported
+from fluvial.storage import exported, toml
 from fluvial.storage.files import writing
 from fluvial.storage.run_files import COMPARE, CONFIG, EXPORTS, JsonObject, anew, read_run
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
@@ -123,9 +123,8 @@ def export_run(
             else:
                 _copy(weights, draft, all_but=("README.md", exported.FILE))
 
-            exported_as = _named(config, name)
-            if exported_as is not None:
-                exported.write(draft, __version__, exported_as)
+            readings = toml.read(DataConfig, config["data"], str(folder)).readings()
+            exported.write(draft, __version__, _named(config, name), readings=readings)
 
             prints = fingerprints(pool)
             facts = {
@@ -241,12 +240,12 @@ def _write_merged(
     return check
 
 
-def _named(config: JsonObject, base: str | None) -> JsonObject | None:
-    """Return the configuration with the base's name for others; None where it has none."""
-    if base is None:
-        return None
+def _named(config: JsonObject, base: str | None) -> JsonObject:
+    """Return the configuration with the base's name for others, and without a base where it has no
+    such name: the model is then measured by itself."""
     data = {**config["data"], "source": Path(str(config["data"]["source"])).name}
-    return {**config, "data": data, "model": {**config["model"], "name_or_path": base}}
+    model = {} if base is None else {**config["model"], "name_or_path": base}
+    return {**config, "data": data, "model": model}
 
 
 def _words(check: MergeCheck) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from fluvial import __version__
+from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
 from fluvial.methods import METHODS
 from fluvial.methods.exporting import save_weights
@@ -15,7 +16,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
-from fluvial.storage import exported
+from fluvial.storage import exported, toml
 from fluvial.storage.run_files import JsonObject
 from fluvial.wire.payload import Payload
 
@@ -72,5 +73,6 @@ def site_weights(
         made = Path(draft) / ("model" if pool.full else "adapter")
         save_weights(pool, state, made, template=config["data"].get("chat_template"))
         base = weights_digest(weights_folder(model))
-        exported.write(made, __version__, config, base)
+        readings = toml.read(DataConfig, config["data"], str(folder)).readings()
+        exported.write(made, __version__, config, base, readings)
         yield made

@@ -1,12 +1,13 @@
 """Settings that go with a written adapter or model, so that it is measured as it was trained.
 
 The file `fluvial.json` beside the weights holds the base and its digest, the form of the records,
-their columns and template, and the lengths. It goes where the folder goes; the run's own
-`config.json` does not.
+their columns and template, and the lengths. Where the files of sites differ, it has each way in
+which the run read some, without the names of sites and files. It goes where the folder goes; the
+run's own `config.json` does not.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")
 """Settings of [model] about quantised weights."""
 BASE_DIGEST = "base_digest"
 """Key of the digest of the base's weights."""
+READINGS = "readings"
+"""Key of the ways in which the run read files, where there are several: settings of [data], and the
+`suffix` of the files."""
 MODEL = ("name_or_path", "revision", "dtype", *QUANTISATION)
 
 
@@ -47,15 +51,21 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    folder: Path, version: str, resolved: Mapping[str, Any], base_digest: str | None = None
+    folder: Path,
+    version: str,
+    resolved: Mapping[str, Any],
+    base_digest: str | None = None,
+    readings: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write `FILE` into the folder of an adapter or a model.
 
+    `readings` are those of the run's data, see `DataConfig.readings`.
     `base_digest` is that of the base's weights (see `models.digests`); None where others load the
     base by another name, from files that may be written in another way.
     """
     digest = {} if base_digest is None else {BASE_DIGEST: base_digest}
-    content = {"fluvial": version, **settings_of(resolved), **digest}
+    several = {READINGS: list(readings)} if len(readings) > 1 else {}
+    content = {"fluvial": version, **settings_of(resolved), **several, **digest}
     (folder / FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
@@ -104,5 +114,8 @@ def _tables(path: Path) -> dict[str, Any] | None:
     ]
     if wrong:
         raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
+    readings = tables.get(READINGS, [])
+    if not isinstance(readings, list) or not all(isinstance(each, dict) for each in readings):
+        raise ConfigError(f"{path}: {READINGS!r} must be a list of objects; copy it again")
 
     return tables

@@ -111,7 +111,7 @@ def kind_of(name: str) -> Kind:
 
     config = read_object(folder / "config.json") or {}
     if "model_type" in config or "architectures" in config:
-        return "tuned" if exported.read(folder) else "model"
+        return "tuned" if exported.read(folder).get("model", {}).get("name_or_path") else "model"
 
     raise ConfigError(
         f"{folder} is neither a PEFT adapter (it has no adapter_config.json) nor a model of "

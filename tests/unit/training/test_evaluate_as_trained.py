@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from fluvial.cli import app
 from fluvial.errors import ConfigError
 from fluvial.runs.evaluation import evaluation_settings, own_reading
+from fluvial.runs.export import export_run
 from fluvial.training.folders import kind_of, measured_as
 from tests.support.runs import run_table
 
@@ -165,6 +166,7 @@ def unlike(run_config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
         ("north.csv", ("--site", "north"), "north"),
         ("south.jsonl", (), "south"),
         ("held.jsonl", (), "north, south"),
+        ("copy.csv", (), "north"),
         ("copy.csv", ("--site", "north"), "north"),
         ("copy.csv", ("--site", "north", "--set", 'data.encoding="latin-1"'), "north"),
     ],
@@ -198,23 +200,88 @@ def test_a_file_that_two_sites_read_in_two_ways_asks_for_the_site(
     assert own_reading(tmp_path / "adapter", {}, file, "south")["data"]["columns"]
 
 
+def test_a_written_folder_reads_the_files_of_all_sites(
+    unlike: dict[str, Any], tmp_path: Path
+) -> None:
+    """Away from its run, it holds columns, encoding and delimiter of each site, and no names."""
+    away = tmp_path / "away"
+    away.mkdir()
+    copied = shutil.copytree(tmp_path / "run" / "adapter", away / "copied")
+    (away / "exported").mkdir()
+    export_run(tmp_path / "run", away / "exported", form="merged")
+    north = shutil.copy(tmp_path / "north.csv", away / "new.csv")
+    for folder in (copied, away / "exported"):
+        found = _evaluate(folder, "--data", north)
+        assert found["records"]["columns"] == {"prompt": "Frage", "completion": "Antwort"}
+        assert found["data"]["questions"] == 12
+        loss = unlike["heldout_by_site"]["south"]["final"]["loss"]
+        asked = _evaluate(folder, "--data", tmp_path / "held.jsonl")
+        tuned = asked["data"]["adapter" if folder == copied else "model"]
+        assert tuned["loss"] == pytest.approx(loss, rel=1e-5)
+        told = (folder / "fluvial.json").read_text()
+        assert len(json.loads(told)["readings"]) == 3
+        if folder != copied:  # a run's own folder names its base, which lies on this machine
+            assert not [word for word in (str(tmp_path), "north", "south", "held.") if word in told]
+
+    with pytest.raises(ConfigError, match=r"a written folder names no sites; remove it"):
+        _evaluate(copied, "--data", north, "--site", "north")
+    broken = json.loads(told) | {"readings": ["north"]}
+    (copied / "fluvial.json").write_text(json.dumps(broken))
+    with pytest.raises(ConfigError, match="'readings' must be a list of objects; copy it again"):
+        _evaluate(copied, "--data", north)
+
+
+@pytest.mark.parametrize(
+    ("readings", "suffix", "words"),
+    [
+        ([{"columns": {"prompt": "a"}}, {"columns": {"prompt": "b"}}], "", "different ways; add "),
+        ([{"columns": {"prompt": "b"}}, {"columns": {"prompt": "a"}}], ".csv", "b"),
+        ([{"columns": {"prompt": "x"}}, {"columns": {"prompt": "a"}}], "", "a"),
+        (
+            [{"columns": {"prompt": "a"}, "encoding": "cp1252"}, {"columns": {"prompt": "a"}}],
+            "",
+            "é",
+        ),
+    ],
+)
+def test_a_file_is_read_in_the_only_way_of_the_run_that_fits(
+    readings: list[dict[str, Any]], suffix: str, words: str, tmp_path: Path
+) -> None:
+    """The way of a source for all sites goes before others, and UTF-8 before another encoding."""
+    file = tmp_path / "new.csv"
+    file.write_text("a,b,completion\né,f,g\n", encoding="utf-8")
+    ways = [{"form": "auto", "encoding": "utf-8", "suffix": ".csv", **each} for each in readings]
+    run = {"data": {"max_length": 32}, "suffix": suffix, "readings": ways}
+    if "add" in words:
+        with pytest.raises(ConfigError, match=words) as error:
+            own_reading(tmp_path, run, file, None)
+        assert "--set 'data.columns={ prompt = \"a\" }', or --set" in str(error.value)
+        return
+    data = own_reading(tmp_path, run, file, None)["data"]
+    if words == "é":
+        assert data["encoding"] == "utf-8"
+    else:
+        assert data["columns"] == {"prompt": words}
+    assert data["max_length"] == 32
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ((), "is no text of utf-8 .* by --site NAME, one of north, south or --set with a line"),
-        (("--site", "south"), "is no text of utf-8 .* come by --set with a line such as"),
-        (("--site", "east"), "of the run has no such table; its tables are north, south"),
+        ((), r"is no text of utf-8 .* add --set 'data\.encoding=\"cp1252\"'$"),
+        (("--site", "south"), "is no text of utf-8 .* add --site north, whose table fits the file"),
+        (("--site", "east"), "of the run has no such table; name one of north, south"),
     ],
 )
 def test_the_remedy_for_a_file_of_another_kind_is_an_option(
     unlike: dict[str, Any], tmp_path: Path, options: tuple[str, ...], words: str
 ) -> None:
     copy = shutil.copy(tmp_path / "north.csv", tmp_path / "copy.csv")
+    if not options:  # a file that no site reads
+        text = "Question;Reply\nGröße?;Äpfel\n"
+        Path(copy).write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=words):
         _evaluate(tmp_path / "run", "--data", copy, *options)
-    adapter = shutil.copytree(tmp_path / "run" / "adapter", tmp_path / "elsewhere")
-    with pytest.raises(ConfigError, match="--site north: no run lies around"):
-        _evaluate(adapter, "--data", copy, "--site", "north")
 
 
 def test_a_folder_of_another_origin_says_that_no_run_is_known(
