@@ -6,11 +6,13 @@ the same for a path that exists and one that does not, so it discloses nothing.
 """
 
 import fnmatch
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fluvial.data.config import BUNDLED, STDLIB, DataConfig
+from fluvial.data.sources import has_splits
 from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
@@ -33,8 +35,10 @@ INDEPENDENT = (
 )
 """Settings of a run's [data] that also hold for a site with its own records, because they depend on
 no source."""
+PUBLIC = ("public_source", "public")
+"""Settings of the public text, which the server alone reads."""
 SOURCES = ("source", "heldout_source")
-"""Settings that name what a site reads; only the server reads the public text."""
+"""Settings that name what a site reads."""
 _MAX_FILES = 10_000
 """Most files of a folder that a run may name."""
 
@@ -61,7 +65,8 @@ def refusal(setting: str, site: SiteFile) -> RefusalError:
     own = "model" if setting.startswith("model") else "[data]"
     return RefusalError(
         f"site {site.name!r} does not read what a run names as {setting}: its file sets no {own} "
-        "of its own, and allow.run_paths does not name this, or nothing is there"
+        "of its own, and allow.run_paths does not name this, or nothing is there; a run names "
+        "whole paths of the site's disk"
     )
 
 
@@ -76,27 +81,45 @@ def _data(run: DataConfig, site: SiteFile) -> dict[str, Any]:
         return {**own, **site.data.model_dump(exclude_none=True)}
 
     if run.by_site:
-        if site.name not in run.by_site:
-            raise RefusalError(
-                f"site {site.name!r}: the run's data.by_site has tables for "
-                f"{', '.join(sorted(run.by_site))} alone; add one for this site, or set [data] in "
-                "its own file"
-            )
-        settings = run.of_site(site.name).model_dump(mode="json", exclude_unset=True)
+        return _own_table(run, settings, site)
 
-    for name in SOURCES:
-        named = settings.get(name)
-        if named not in (None, *BUNDLED) and not _allowed(named, site):
-            raise refusal(f"data.{name}", site)
-
-    public = ("public_source", "public")
-    local = {name: value for name, value in settings.items() if name not in public}
+    _check_paths("data", settings, site)
+    local = {name: value for name, value in settings.items() if name not in PUBLIC}
     if settings.get("source", STDLIB) in BUNDLED:
         # The run sets these for its public text.
         for name in ("encoding", "delimiter", "numbers"):
             local.pop(name, None)
 
     return local
+
+
+def _own_table(run: DataConfig, settings: Mapping[str, Any], site: SiteFile) -> dict[str, Any]:
+    """Return a run's [data] with the table of this site alone in `by_site`."""
+    if site.name not in run.by_site:
+        raise RefusalError(
+            f"site {site.name!r}: the run's data.by_site has tables for "
+            f"{', '.join(sorted(run.by_site))} alone; add one for this site, or set [data] in "
+            "its own file"
+        )
+
+    own = run.by_site[site.name]
+    _check_paths(f"data.by_site.{site.name}", own.model_dump(), site)
+    of_others = {*PUBLIC, "sites"}
+    if own.heldout_source is not None:
+        of_others.add("heldout_share")
+    if not any(map(has_splits, filter(None, (own.source, own.heldout_source)))):
+        of_others.add("split")
+
+    local = {name: value for name, value in settings.items() if name not in of_others}
+    return {**local, "by_site": {site.name: settings["by_site"][site.name]}}
+
+
+def _check_paths(table: str, settings: Mapping[str, Any], site: SiteFile) -> None:
+    """Raise `RefusalError` for a source in `settings` that the site's file does not allow."""
+    for name in SOURCES:
+        named = settings.get(name)
+        if named not in (None, *BUNDLED) and not _allowed(named, site):
+            raise refusal(f"{table}.{name}", site)
 
 
 def _may_load(name: str, site: SiteFile) -> bool:

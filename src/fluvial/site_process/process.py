@@ -266,7 +266,13 @@ class SiteProcess:
         key = f"{config.data!r} {config.seed} {config.model.name_or_path}"
         if key not in self._texts:
             owner = None if self.site.data is None else self.site.name
-            self._texts = {key: texts_of(config, pool, owner)}
+            texts = texts_of(config, pool, owner)
+            if not config.entry.traits.pooled and self.site.name not in texts.names:
+                raise RefusalError(
+                    f"site {self.site.name!r}: the run's [data] has no site of this name; set "
+                    "[data] in its own file, or add a table data.by_site to the run"
+                )
+            self._texts = {key: texts}
 
         return self._texts[key]
 

@@ -8,7 +8,7 @@ import pytest
 
 from fluvial.data import DataConfig
 from fluvial.data.config import SiteDataSettings
-from fluvial.errors import RefusalError
+from fluvial.errors import ConfigError, RefusalError
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.local_config import INDEPENDENT, SOURCES, at_site
 from fluvial.site_process.process import JOIN, SiteProcess
@@ -180,3 +180,41 @@ def test_a_run_that_names_a_file_gets_no_records_and_no_reason(tmp_path: Path) -
 
     assert told[0] == told[1]
     assert "present" not in told[0]
+
+
+def joined(config: dict[str, Any], own: SiteFile) -> Payload:
+    """The answer of a site to the message that brings it a run."""
+    wire = Payload(values={"config": config}).to_bytes()
+    return Payload.from_bytes(SiteProcess(own).answer(header(task=JOIN, round=0), wire).data)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"heldout_share": 0.2}, {"sites": ["south", "west"]}, {"split": "train[:50%]"}],
+)
+def test_a_site_without_records_joins_with_the_table_of_its_name(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Also where settings hold for the tables of other sites only."""
+    south = {"source": records(tmp_path / "south.jsonl")}
+    if "heldout_share" in settings:
+        south["heldout_source"] = records(tmp_path / "test.jsonl")
+    tables = {"south": south, "west": {"source": "hub/set" if settings else south["source"]}}
+    run = {"data": {"form": "text", "by_site": tables, **settings}}
+    assert joined(run, site(tmp_path, f"{tmp_path}/*")).value("site", str) == "south"
+    with pytest.raises(RefusalError, match=r"names as data\.by_site\.south\.source: its file sets"):
+        joined(run, site(tmp_path))
+
+
+def test_faults_of_a_table_name_its_settings(tmp_path: Path) -> None:
+    absent = {"source": str(tmp_path / "absent.jsonl")}
+    with pytest.raises(ConfigError, match=r"data\.by_site\.south\.source: there is no file or"):
+        joined({"data": {"by_site": {"south": absent}}}, site(tmp_path, f"{tmp_path}/*"))
+
+
+@pytest.mark.parametrize("bundled", [True, False])
+def test_a_run_whose_data_lack_the_site_is_refused(bundled: bool, tmp_path: Path) -> None:
+    source = "stdlib" if bundled else records(tmp_path / "notes.jsonl", 160)
+    told = "'south': the run's \\[data\\] has no site of this name; set \\[data\\] in its own file"
+    with pytest.raises(RefusalError, match=told):
+        joined({"data": {"source": source}}, site(tmp_path, "*"))
