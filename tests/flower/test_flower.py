@@ -373,6 +373,20 @@ def test_a_name_belongs_to_its_key(stand: Stand) -> None:
         met(fleet)
 
 
+def test_the_log_names_the_site_of_a_registered_key(
+    stand: Stand, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A refusal says which site it is of, also where the site's own words do not."""
+    fleet, grid = stand(echo, registered=lambda: {1: "north", 2: "south"})
+    grid.greet = lambda node: (
+        refusal("KeyError at a.py:1") if node > 1 else grid.hello(NAMES[node - 1])
+    )
+    with pytest.raises(ClientError, match="; site 'south': KeyError at a.py:1; KeyError at a.py:1"):
+        met(fleet)
+    assert "site 'south' does not take part: KeyError at a.py:1" in caplog.messages
+    assert "node 3 does not take part: KeyError at a.py:1" in caplog.messages
+
+
 def test_who_was_refused_may_come_when_it_is_mended(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:

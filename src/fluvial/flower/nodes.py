@@ -76,7 +76,12 @@ class Nodes:
     @property
     def reasons(self) -> str:
         """Reasons why connected nodes do not take part, each after a semicolon."""
-        return "".join(f"; {reason}" for reason, _ in self._refused.values())
+        lines = []
+        for node, (reason, _) in self._refused.items():
+            name = self._registered().get(node)
+            unnamed = name is None or repr(name) in reason
+            lines.append(reason if unnamed else f"site {name!r}: {reason}")
+        return "".join(f"; {line}" for line in lines)
 
     def node(self, site: str) -> int | None:
         """Return the node of a site, None where it is not connected."""
@@ -175,6 +180,8 @@ class Nodes:
         return name
 
     def _refuse(self, node: int, reason: str, *, for_good: bool = False) -> None:
+        name = self._registered().get(node)
+        who = f"node {node}" if name is None else f"site {name!r}"
         if self._refused.get(node, ("",))[0] != reason:
-            logger.warning("node %d does not take part: %s", node, reason)
+            logger.warning("%s does not take part: %s", who, reason)
         self._refused[node] = reason, float("inf") if for_good else time.monotonic() + _AGAIN_S
