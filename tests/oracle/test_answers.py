@@ -1,19 +1,25 @@
 """Scores of greedy answers in a run: equal to those of plain generation, whole model or split."""
 
 import io
+import logging
+from functools import partial
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fluvial.data import SiteTexts
+from fluvial.models import generation
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.report.page import write_page
 from fluvial.report.show import run_tables
 from fluvial.runs.config import parse
 from fluvial.storage.run_files import read_run
+from fluvial.training import answer_scores
 from fluvial.training.answer_scores import AnswerSums
 from tests.support.models import UNMEASURED, shared_four_layers, with_fitting_model
 from tests.support.questions import NEW_TOKENS, with_questions
@@ -52,6 +58,26 @@ def test_scores_of_a_run_are_those_of_plain_generation(
         row = result["heldout_pooled"][name]
         assert {key: row[key] for key in SCORES} == sums.means(sums.questions)
     assert total["final"].f1 > total["base"].f1
+
+
+def test_lines_about_progress_name_the_model_whose_answers_are_written(
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By a clock on which everything takes two seconds."""
+    clock = SimpleNamespace(monotonic=partial(next, count(0, 2)))
+    for module in (answer_scores, generation):
+        monkeypatch.setattr(module, "time", clock)
+    table = with_questions(run_config, tmp_path) | {"rounds": 2}
+    table["evaluate"] = table["evaluate"] | {"every": 1, "sample_tokens": 1}
+    with caplog.at_level(logging.INFO, "fluvial"):
+        run_table(table, tmp_path / "run")
+    lines = [text for text in caplog.messages if text.startswith("greedy answers of ")]
+    named = {text.removeprefix("greedy answers of ").partition(":")[0] for text in lines}
+    rounds = {f"the model after round {number}" for number in (1, 2)}
+    assert named == {"the base model", *rounds, "the tuned model"}
 
 
 @pytest.mark.parametrize("method", ["fedavg", "flglm"])

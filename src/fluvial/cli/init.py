@@ -244,11 +244,12 @@ def _sites(records: "DataFacts", site_column: str | None, sites: int | None, ask
     def read(answer: str) -> "Sites":
         if answer.isdecimal():
             return known.equal_sites(records, int(answer))
-        return (
-            known.sites_by_file(records)
-            if answer == "file"
-            else known.sites_by_column(records, answer)
-        )
+        if answer == "file":
+            return known.sites_by_file(records)
+        found = known.sites_by_column(records, answer)
+        if asks and site_column is None and answer not in known.likely_columns(records):
+            _confirm_owner(answer, found)
+        return found
 
     if sites is not None:
         return known.equal_sites(records, sites)
@@ -256,7 +257,10 @@ def _sites(records: "DataFacts", site_column: str | None, sites: int | None, ask
         return read(site_column)
 
     found = known.found_sites(records)
+    likely = known.likely_columns(records)
     if asks:
+        for column in likely[:5]:
+            err.print(f"  {safe_text(column)}: {known.sites_by_column(records, column).words()}")
         by = dict(found.partition) if found else {}
         proposed = str(by.get("column", "file")) if found else None
         question = "Who owns what: a column, 'file' (a file is a site), or a number of equal shares"
@@ -264,12 +268,19 @@ def _sites(records: "DataFacts", site_column: str | None, sites: int | None, ask
     if found is not None:
         return found
 
-    likely = known.likely_columns(records)
     hint = f" (perhaps {' or '.join(likely[:3])})" if likely else ""
     raise ConfigError(
         f"--site-column: no column of {records.source!r} is certain to name the owner of a "
         f"record{hint}; name it, or divide the records into equal shares with --sites 4"
     )
+
+
+def _confirm_owner(column: str, found: "Sites") -> None:
+    """Ask whether a column names owners that is a text of the records, or has a value in one record
+    only; raises `ConfigError` where it does not."""
+    question = safe_text(f"{column!r} would make {found.words()}. Is each of them an owner?")
+    if not typer.confirm(question, default=False, err=True):
+        raise ConfigError("name the column of the owners, 'file', or a number of equal shares")
 
 
 def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFacts":

@@ -67,7 +67,8 @@ def _question(
     if not rendered.startswith(prompt):  # a template that writes a turn of the past otherwise
         return None
     ids, _ = _tokens(place, prompt, tokenizer)
-    return Question(prompt, messages[-1]["content"], prompt_ids=tuple(ids))
+    shown = prompt.removeprefix(tokenizer.bos_token or "")  # the ids have it; no person wrote it
+    return Question(shown, messages[-1]["content"], prompt_ids=tuple(ids))
 
 
 def chat_prompt(

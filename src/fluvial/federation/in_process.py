@@ -66,6 +66,7 @@ class _Visit:
 
     def __init__(self, site: Site, task: Task, round: int) -> None:
         self.site = site
+        self.site.round = round
         self.round = round
         self.running = Running(partial(task, site))
         self._lock = threading.Lock()

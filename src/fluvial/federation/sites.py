@@ -62,6 +62,8 @@ class Site:
     """Seconds of the parts of the site's work on this message."""
     assigned: Assignment | None = None
     """Assignment that a message brought; None for the run's own."""
+    round: int = 0
+    """Round of the message that the site works on, for lines about progress; 0 where unknown."""
 
     @property
     def assignment(self) -> Assignment:
@@ -217,8 +219,12 @@ def evaluate(site: Site, message: Payload) -> Payload:
     return measure_heldout(site, adapter, new_tokens)
 
 
-def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
-    """Return the reply of a task `evaluate` with the measures of `adapter` on held-out text."""
+def measure_heldout(site: Site, adapter: Named, new_tokens: int, of: str = "") -> Payload:
+    """Return the reply of a task `evaluate` with the measures of `adapter` on held-out text.
+
+    Lines about progress name the model as `of`, by default as that after the present round.
+    """
+    of = of or after_round(site.round)
     pool = site.pool
     data = site.load()
     with pool.model(adapter, assignment=site.assignment) as model:
@@ -227,10 +233,17 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int) -> Payload:
         return measures(sums)
 
     prompts = [question.asked for question in data.questions]
-    answers = pool.generate(adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment)
-    scores = AnswerSums.over(answers, data.questions)
+    answers = pool.generate(
+        adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment, of=of
+    )
+    scores = AnswerSums.over(answers, data.questions, of)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
     return measures(sums, replace(scores, too_long=too_long))
+
+
+def after_round(round: int) -> str:
+    """Return the name of the model that is measured after a round, for lines about progress."""
+    return f"the model after round {round}" if round else "the present model"
 
 
 def _measure_base(site: Site, new_tokens: int) -> Payload:
@@ -244,7 +257,8 @@ def _measure_base(site: Site, new_tokens: int) -> Payload:
     known = site.pool.measures_of_base
     key = records.digest()
     if key not in known:
-        known[key] = measure_heldout(site, base_state(site.layout), new_tokens).values
+        base = base_state(site.layout)
+        known[key] = measure_heldout(site, base, new_tokens, "the base model").values
     return Payload(values=dict(known[key]))
 
 

@@ -153,10 +153,11 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
             ids[: max(1, len(ids) // 4)], skip_special_tokens=True
         )
 
+    models = {"the base model": reporting.pool.base_state(), "the tuned model": state}
     before, after = (
-        reporting.pool.generate(weights, [asked], max_new_tokens=settings.sample_tokens, at_once=1)[
-            0
-        ]
-        for weights in (reporting.pool.base_state(), state)
+        reporting.pool.generate(
+            weights, [asked], max_new_tokens=settings.sample_tokens, at_once=1, of=of
+        )[0]
+        for of, weights in models.items()
     )
     return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after}]

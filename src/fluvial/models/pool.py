@@ -349,8 +349,12 @@ class ModelPool:
         max_new_tokens: int,
         assignment: Assignment | None = None,
         at_once: int = AT_ONCE,
+        of: str = "the model",
     ) -> list[str]:
-        """Return greedy continuations of `prompts`, without the prompts and special tokens."""
+        """Return greedy continuations of `prompts`, without the prompts and special tokens.
+
+        Lines about progress name the model as `of`.
+        """
         with self.model(state, assignment=assignment) as model:
             return continuations(
                 model,
@@ -359,4 +363,5 @@ class ModelPool:
                 max_new_tokens=max_new_tokens,
                 context=self.outline.context,
                 at_once=at_once,
+                of=of,
             )

@@ -40,6 +40,7 @@ from fluvial.report.result_tables import (
 from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import plans_by_site, predicted_by_site
 from fluvial.storage.files import write_whole
+from fluvial.storage.paths import last_part, without_folders
 from fluvial.storage.run_files import JsonObject, setup_of
 
 CONFLICTS = 128
@@ -105,9 +106,10 @@ def _is_page(path: Path) -> bool:
 def _content(run: JsonObject) -> JsonObject:
     """Return the values that the template names."""
     result = run["result"]
-    config = run["config"]
+    config = without_folders(run["config"])
     metrics = run["metrics"]
     description = run["description"] or {}
+    changed = without_folders(description.get("set", {}))
     method = config.get("method", {}).get("name") or (result or {}).get("method", "run")
     own = Run(
         run_name(result) if result else method,
@@ -144,7 +146,7 @@ def _content(run: JsonObject) -> JsonObject:
         "rounds": config.get("rounds", len(metrics)),
         "done": len(metrics),
         "finished": result is not None,
-        "folder": run["folder"],
+        "folder": last_part(run["folder"]),
         "verdict": first_lines(run, method),
         "tiles": tiles(run, score) if result else [],
         "tables": _tables(rows) if rows else [],
@@ -193,7 +195,7 @@ def _content(run: JsonObject) -> JsonObject:
         "excerpts": [excerpt for excerpt in excerpts if excerpt],
         "failures": [{**failure, "reason": safe_text(failure["reason"])} for failure in missing],
         "missing": _missing(missing),
-        "changed": [(name, json.dumps(value)) for name, value in _flat(description.get("set", {}))],
+        "changed": [(name, json.dumps(value)) for name, value in _flat(changed)],
         "config": json.dumps(config, indent=2),
         "versions": {"fluvial": result["fluvial"], "python": result["python"], **result["versions"]}
         if result

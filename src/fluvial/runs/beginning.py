@@ -28,7 +28,7 @@ def begun(
             f"{folder.path / BUDGET} is missing, and the run has a budget; {anew()}"
         )
     if choice is not None:
-        config = settle(config, choice)
+        config = settle(config, choice, str(folder.path / BUDGET))
     elif config.budget is not None:
         opened(config)  # which refuses what needs no model to be known
 

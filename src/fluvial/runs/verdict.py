@@ -54,6 +54,9 @@ class Verdict:
     exact_match: dict[str, float] = field(default_factory=dict)
     """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
     empty where this run has no answers."""
+    answered: tuple[int, int] | None = None
+    """Sites with more right answers than `against`, and with as many; None where some site has no
+    exact match of both."""
 
     @property
     def against(self) -> Reference | None:
@@ -91,7 +94,7 @@ class Verdict:
         first, found = self.against, self.decisive
         others = {"local": self.local, "fedavg": self.fedavg, "base": self.base}
         where = f"one held-out set that all {self.measured} sites share" if self.one_set else ""
-        parts = [_leading(NAMES[first], found, where)] if first and found else []
+        parts = [self._leading(NAMES[first], found, where)] if first and found else []
         if first and found and self.disagrees:
             parts = [_disagreement(found), self._score(), _further(NAMES[first], found)]
         elif self.exact_match:
@@ -106,6 +109,20 @@ class Verdict:
             parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
 
         return "; ".join(parts)
+
+    def _leading(self, name: str, found: Comparison, where: str) -> str:
+        """Return the comparison that decides; where loss and exact match are better at different
+        numbers of sites, say what each is."""
+        words = _leading(name, found, where)
+        helped = f"Helped at {found.better} of {found.sites} sites"
+        if self.answered is None or not words.startswith(helped):
+            return words
+        more, equal = self.answered
+        if more == found.better:
+            return words
+        as_many = f", as many at {equal}" if equal else ""
+        lower = f"Lower loss at {found.better} of {found.sites} sites"
+        return f"{lower}{words.removeprefix(helped)}; more right answers at {more}{as_many}"
 
     def _score(self) -> str:
         """Return exact match of this run and of those that it is compared with."""
@@ -151,6 +168,7 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
         itself=itself,
         one_set=one_set,
         exact_match=_scores(result, {name: compared.get(name) or {} for name in tables}, itself),
+        answered=_answered(result, compared.get("local") if found["local"] else None),
     )
 
 
@@ -176,6 +194,27 @@ def _scores(
     }
     known = {name: score for name, score in found.items() if score is not None and name != itself}
     return known if "final" in known else {}
+
+
+def _answered(result: Mapping[str, Any], local: Mapping[str, Any] | None) -> tuple[int, int] | None:
+    """Return the sites with more right answers than `local`, and with as many; against the base
+    model where `local` is None. Return None where a site lacks one of the two."""
+    ours = _by_site(result, "final")
+    theirs = _by_site(result, "base") if local is None else _by_site(local, "final")
+    if not ours or ours.keys() != theirs.keys():
+        return None
+    gains = [own - theirs[site] for site, own in ours.items()]
+    return sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
+
+
+def _by_site(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:
+    """Return the exact match of each site; nothing where a site that was measured has none."""
+    rows = (result.get("heldout_by_site") or {}).items()
+    scores = {
+        site: (row[which] or {}).get("exact_match") for site, row in rows if (row or {}).get(which)
+    }
+    known = {site: float(score) for site, score in scores.items() if score is not None}
+    return known if len(known) == len(scores) else {}
 
 
 def _mean_score(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:

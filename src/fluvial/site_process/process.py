@@ -122,6 +122,7 @@ class SiteProcess:
         journal.settle(header)
         pool = self._pool(config)
         site = site_of(config, self._name(config), pool, self._records(config, pool), journal.store)
+        site.round = header.round
         site.memory_mb = self.site.memory_mb
         site.transfers = self.transfers
         site.accept_assignment(message)

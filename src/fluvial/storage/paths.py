@@ -2,7 +2,7 @@
 on."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,27 @@ def value_at(table: dict[str, Any], place: tuple[str, ...]) -> Any:
     for key in place:
         value = value.get(key) if isinstance(value, dict) else None
     return value
+
+
+def without_folders(table: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with the last part of each path that begins at the root or at a home, so that
+    they tell nothing about the folders of this machine."""
+    named = table
+    for place in places(named):
+        text = value_at(named, place)
+        if isinstance(text, str) and "\n" not in text:
+            named = _replaced(named, place, last_part(text))
+    return named
+
+
+def last_part(path: str) -> str:
+    """Return the last part of a path that begins at the root or at a home, else `path`."""
+    return Path(path).name if Path(path).is_absolute() or path.startswith("~") else path
+
+
+def _replaced(table: dict[str, Any], place: Sequence[str], value: str) -> dict[str, Any]:
+    outer, *inner = place
+    return {**table, outer: _replaced(table[outer], inner, value) if inner else value}
 
 
 def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:

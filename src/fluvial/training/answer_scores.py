@@ -59,8 +59,13 @@ class AnswerSums:
         )
 
     @classmethod
-    def over(cls, answers: Iterable[str], questions: Sequence[Question]) -> Self:
-        """Return the sums over the answers to `questions`, in their order."""
+    def over(
+        cls, answers: Iterable[str], questions: Sequence[Question], of: str = "the model"
+    ) -> Self:
+        """Return the sums over the answers to `questions`, in their order.
+
+        Lines about progress name the model that wrote them as `of`.
+        """
         sums = cls()
         logged_s = time.monotonic()
 
@@ -68,9 +73,7 @@ class AnswerSums:
             sums += cls.of(answer, [question.answer, *question.references])
             if time.monotonic() - logged_s > 1:
                 logged_s = time.monotonic()
-                logger.info(
-                    "greedy answers: %d of %d answers written", sums.questions, len(questions)
-                )
+                logger.info("greedy answers of %s: %d of %d", of, sums.questions, len(questions))
 
         return sums
 

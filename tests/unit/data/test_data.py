@@ -113,6 +113,8 @@ def test_the_last_turn_of_the_assistant_is_a_question_after_all_others(tokenizer
         made = tokens_of(tokenizer, "messages", {"messages": CHAT}, loss_on=loss_on)
         (question,) = made.questions
         assert question.prompt.endswith("<s>user\nbye</s>\n<s>assistant\n")
+        assert not question.prompt.startswith("<s>")  # a BOS that no person wrote
+        assert question.prompt_ids[0] == tokenizer.bos_token_id
         assert question.answer == "farewell"
         start = len(question.prompt_ids)
         assert list(question.asked) == list(made.examples[0].input_ids)[:start]

@@ -90,6 +90,23 @@ def test_the_time_is_that_on_the_users_own_line(
     assert words in shown
 
 
+def test_the_page_names_no_folder_of_the_machine(tmp_path: Path) -> None:
+    """Files and folders stand by their last part: a page is passed on."""
+    run = run_of(tmp_path / "run")
+    by_site = {"oslo": {"source": "/srv/data/oslo.jsonl", "heldout_source": "~/asked.jsonl"}}
+    given: dict[str, Any] = {
+        "model": {"name_or_path": "/srv/models/tiny"},
+        "data": {"by_site": by_site},
+    }
+    run["config"] |= given
+    run["description"] = {**(run["description"] or {}), "set": given}
+    page = page_of(run | {"folder": "/home/ann/runs/first"}).decode()
+    assert not [part for part in ("/srv", "/home", "~/", str(tmp_path)) if part in page]
+    for name in ("tiny", "oslo.jsonl", "asked.jsonl", "first"):
+        assert name in page
+    assert "runs/first" in page_of(run | {"folder": "runs/first"}).decode()
+
+
 def test_pooled_is_explained_where_there_is_such_a_column(tmp_path: Path) -> None:
     run = run_of(tmp_path / "run")
     assert "pooled:" not in page_of(run).decode()

@@ -16,6 +16,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.report.page import write_page
 from fluvial.runs.budget import candidates
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs
+from fluvial.runs.budget.choice import _why
 from fluvial.runs.budget.pairs import Pair, pairs
 from fluvial.runs.budget.preview import choice_alone
 from fluvial.runs.budget.settled import Open, settle
@@ -106,9 +107,53 @@ def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) ->
         list(execute(parse(table, "test"), tmp_path / "b", resume=True))
 
     (tmp_path / "lost.json").rename(tmp_path / "b" / "budget.json")
+    kept = json.loads((tmp_path / "b" / "budget.json").read_text())
+    damaged: list[tuple[Any, str]] = [
+        ([1], r"holds no choice of a budget; restore it"),
+        ({}, r"the choice of the budget has no 'codec'; restore it"),
+        ({**chosen, "r": "x"}, r"the choice of the budget: lora\.r.*restore it"),
+        ({**chosen, "codec": {"name": "none"}}, r"the choice of the budget: codec.*restore it"),
+    ]
+    for choice, words in damaged:
+        text = json.dumps({**kept, "chosen": choice})
+        (tmp_path / "b" / "budget.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"(?s)b/budget\.json\S* {words}") as error:
+            list(execute(parse(table, "test"), tmp_path / "b", resume=True))
+        assert "pydantic" not in str(error.value)
+    (tmp_path / "b" / "budget.json").write_text(json.dumps(kept))
+
     other = table | {"lora": table["lora"] | {"r": 7}, "budget": {"up_bytes": 3000}}
     with pytest.raises(CheckpointError, match=r"lora\.r"):
         list(execute(parse(other, "test"), tmp_path / "b", resume=True))
+
+
+@pytest.mark.parametrize(
+    ("needed", "words"),
+    [
+        (11.6, "needs 11.6 s of 12.0 s"),
+        (3.0, "needs 3 s of 12 s"),
+        (11.99996, "needs 12.000 s of 12.000 s"),
+    ],
+)
+def test_the_reason_tells_seconds_and_losses_apart(needed: float, words: str) -> None:
+    """A loss that is lower by less than is shown is not said to be better."""
+    row = {"max_steps": 4, "codec": "int8", "rate": 4.0, "r": 2, "target_modules": "attention"}
+    row |= {"loss": 5.68503, "rounds": 2, "chosen": True}
+    record: dict[str, Any] = {
+        "chosen": {},
+        "up_bytes": 10,
+        "down_bytes": 20,
+        "run_s": needed,
+        "limits": {"up_bytes": None, "run_s": 12.0},
+        "trials": [row, row | {"chosen": False}],
+        "base_loss": 6.0,
+        "alone_loss": 5.68501,
+    }
+    why = _why(record)
+    assert words in why
+    assert "do better" not in why
+    assert "do better (5.6849)" in _why(record | {"alone_loss": 5.68494})
+    assert "no better than the base" in _why(record | {"base_loss": 5.68504})
 
 
 def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
@@ -315,5 +360,5 @@ def test_candidates_that_the_model_does_not_have_are_named(table: Table, tmp_pat
 def test_a_damaged_choice_is_refused(table: Table) -> None:
     config: RunConfig = parse(table, "test")
     for damaged in ({}, {"chosen": 3}, {"chosen": {"r": "two", "codec": {"name": "int8"}}}):
-        with pytest.raises(CheckpointError, match="is damaged"):
+        with pytest.raises(CheckpointError, match=r"^budget\.json.*; restore it from a copy"):
             settle(config, damaged)

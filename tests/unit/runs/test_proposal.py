@@ -309,6 +309,28 @@ def test_questions_are_asked_on_a_terminal(
     assert load(Path("q.toml")).coding.name == "trellis"
 
 
+def test_a_column_that_names_no_owners_is_refused_or_confirmed(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text of most records is none; the answers are one only where the user says so."""
+    rows = [row | {"answer": row["answer"].split()[0]} for row in answers()]
+    data = written([{**row, "question": f"{n % 55}"} for n, row in enumerate(rows)])
+    options = ("--model", str(tiny_model), "--data", data, "--limit", "none")
+    reason = "has 55 values in 60 records, 50 of them in one record only.*perhaps hospital"
+    with pytest.raises(ConfigError, match=reason):
+        run_init("--yes", *options, "--site-column", "question")
+
+    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    output = run_init(*options, typed="question\nanswer\nn\nhospital\n").output
+    output = " ".join(output.split())
+    assert "50 of them in one record only" in output
+    assert "hospital: 3 sites ('north' 20, 'south' 20, 'west' 20)" in output
+    assert "'answer' would make" in output
+    assert load(Path("q.toml")).data.partition.model_dump()["column"] == "hospital"
+    run_init("--force", *options, typed="answer\ny\n")
+    assert load(Path("q.toml")).data.partition.model_dump()["column"] == "answer"
+
+
 def test_columns_of_several_sources_are_asked_for(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

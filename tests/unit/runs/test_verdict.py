@@ -143,6 +143,20 @@ def test_a_loss_and_a_score_that_disagree_are_no_clear_answer(
     assert unscored.helped == ("yes" if loss < 2.9 else "no")
 
 
+def test_where_fewer_sites_gain_right_answers_each_measure_is_said() -> None:
+    """At one of four sites the exact match did not move."""
+    ours, local = scored(0.4, 0.1, 2.8), scored(0.3, 0.1)
+    local["heldout_by_site"]["a"]["final"] |= {
+        "exact_match": ours["heldout_by_site"]["a"]["final"]["exact_match"]
+    }
+    line = judge(ours, {"local": local}).line()
+    assert "lower loss at 4 of 4 sites against local training (mean loss" in line
+    assert "nats lower); more right answers at 3, as many at 1" in line
+    assert "elped" not in line
+    same = judge(ours, {"local": scored(0.3, 0.1)}).line()
+    assert "helped at 4 of 4 sites against local training" in same
+
+
 def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
     """The mean of the base alone would look like a gain."""
     verdict = judge(made([2.9] * 8), {"local": made([2.8] * 8)})

@@ -11,7 +11,7 @@ from fluvial.codecs.activations.rows import lengths_from_mask, pack, unpack
 from fluvial.data import Example
 from fluvial.errors import WireError
 from fluvial.federation.meter import MEASURING, SAMPLING
-from fluvial.federation.sites import MOST_NEW_TOKENS, Site, measures
+from fluvial.federation.sites import MOST_NEW_TOKENS, Site, after_round, measures
 from fluvial.federation.talk import Talk
 from fluvial.methods.flglm.coding import Coding
 from fluvial.methods.flglm.release import Release
@@ -47,7 +47,9 @@ def evaluate(site: Site, message: Payload) -> Talk:
         prompts = [question.asked for question in data.questions]
         answers = yield from model.answers(prompts, new_tokens)
 
-    scores = AnswerSums.over(answers, data.questions)
+    base = message.value("which", str) == "base"
+    of = "the base model" if base else after_round(site.round)
+    scores = AnswerSums.over(answers, data.questions, of)
     pool = site.pool
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
     return measures(sums, replace(scores, too_long=too_long))

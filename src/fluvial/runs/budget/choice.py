@@ -312,7 +312,7 @@ def _why(record: dict[str, Any]) -> str:
         bytes_words += f" of {record['limits']['up_bytes']:,} B"
     if record["run_s"] is not None:
         bytes_words += f", receives {record['down_bytes']:,} B"
-        bytes_words += f" and needs {record['run_s']:,.0f} s of {record['limits']['run_s']:,.0f} s"
+        bytes_words += f" and needs {_seconds(record['run_s'], record['limits']['run_s'])}"
 
     if not record["trials"]:
         return f"nothing is open; the run sends at most {bytes_words} for a site"
@@ -332,14 +332,24 @@ def _why(record: dict[str, Any]) -> str:
     others = [other["loss"] for other in ended if other is not row and other["loss"] is not None]
     if others:
         why += f" (next {min(others):.4f}, base {record['base_loss']:.4f})"
-    if row["loss"] >= record["base_loss"]:
+    if round(row["loss"], 4) >= round(record["base_loss"], 4):
         why += (
             "; that is no better than the base, so this text tells little: set "
             "data.public_source to text like the sites'"
         )
-    if record["alone_loss"] < row["loss"]:
+    if round(record["alone_loss"], 4) < round(row["loss"], 4):
         why += f"; simulated sites that train alone do better ({record['alone_loss']:.4f})"
     return f"{why}; the run sends at most {bytes_words} for a site"
+
+
+def _seconds(needed: float, limit: float) -> str:
+    """Return the seconds that a run needs of those that it may take, with as many decimals as tell
+    them apart, at most three."""
+    for decimals in range(4):
+        words = f"{needed:,.{decimals}f} s", f"{limit:,.{decimals}f} s"
+        if words[0] != words[1]:
+            break
+    return " of ".join(words)
 
 
 def _least(some: Sequence[Tried], count: int) -> list[Tried]:

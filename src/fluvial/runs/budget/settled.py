@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import ValidationError
-
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.config import RunConfig
+from fluvial.storage import toml
+from fluvial.storage.run_files import anew
 
 BUDGET = "budget.json"
 """File of a run's folder with the choice, so that a run that is resumed keeps it."""
@@ -98,9 +98,9 @@ def nothing_fits(config: RunConfig, free: Open, tried: int) -> str:
     return f"{', '.join(limits)}: {words}"
 
 
-def settle(config: RunConfig, record: dict[str, Any]) -> RunConfig:
+def settle(config: RunConfig, record: dict[str, Any], place: str = BUDGET) -> RunConfig:
     """Return `config` with the choice of `record` in the place of what it leaves open; raises
-    `CheckpointError` for a record without a choice."""
+    `CheckpointError` for a record without a choice. `place` names the file of the record."""
     free = Open.of(config)
     if not free:
         return config
@@ -114,6 +114,12 @@ def settle(config: RunConfig, record: dict[str, Any]) -> RunConfig:
             table["codec"] = chosen["codec"]
         if free.downlink and chosen["downlink"] is not None:
             table["downlink"] = chosen["downlink"]
-        return type(config).model_validate(table)
-    except (KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise CheckpointError(f"the choice within the budget is damaged: {error}") from None
+    except KeyError as error:
+        fault = f"{place}: the choice of the budget has no {error.args[0]!r}"
+        raise CheckpointError(f"{fault}; {anew()}") from None
+    except (TypeError, AttributeError):
+        raise CheckpointError(f"{place}: holds no choice of a budget; {anew()}") from None
+    try:
+        return toml.read(type(config), table, f"{place}, the choice of the budget")
+    except ConfigError as error:
+        raise CheckpointError(f"{error}; {anew()}") from None

@@ -333,6 +333,15 @@ def sites_by_column(facts: DataFacts, column: str) -> Sites:
         )
 
     known = {name: count for name, count in counts.items() if name is not None}
+    single = sum(count == 1 for count in known.values())
+    if 2 * single > len(known):
+        others = [name for name in likely_columns(facts) if name != column]
+        perhaps = f" (perhaps {' or '.join(others[:3])})" if others else ""
+        raise ConfigError(
+            f"--site-column {column!r}: has {len(known)} values in {len(facts.rows)} records, "
+            f"{single} of them in one record only, so it names no owners; name another column"
+            f"{perhaps}, or a number of equal shares"
+        )
     return Sites(
         {"by": "column", "column": column}, known, f"column {column!r} names the owner of a record"
     )
