@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from datetime import datetime
 
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
-from fluvial.data.records import Message
+from fluvial.data.records import Chat, Message
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -18,12 +19,12 @@ _TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
 def encode_chat(
-    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, loss_on: str
+    place: object, chat: Chat, tokenizer: PreTrainedTokenizerBase, loss_on: str
 ) -> tuple[Example, Question | None]:
     """Return the tokens of a conversation by the tokenizer's template, labels on assistant turns.
 
     The question asks for the last turn after all others; None where the last turn is not the
-    assistant's, or is the only one.
+    assistant's, has no loss, or is the only one.
 
     Raise `ConfigError` where the template cannot render it, leaves a turn out, or renders a turn in
     two ways.
@@ -35,22 +36,29 @@ def encode_chat(
             '"chatml", or to a file'
         )
 
-    if loss_on != "all" and all(message["role"] != "assistant" for message in messages):
+    messages = chat.messages
+    answers = {number for number, turn in enumerate(messages) if turn["role"] == "assistant"}
+    if loss_on != "all" and not answers - chat.unlearned:
+        why = " of a weight of 1" if answers else ""
         raise ConfigError(
-            f"{place}: the conversation has no turn of the assistant to learn; remove the record"
+            f"{place}: the conversation has no turn of the assistant{why} to learn; remove the "
+            "record"
         )
 
     rendered = _render(place, messages, tokenizer)
-    _refuse_omissions(place, messages, tokenizer, rendered)
-    spans = [] if loss_on == "all" else _spans(place, messages, tokenizer, rendered)
+    learned = answers - chat.unlearned
+    _refuse_omissions(place, messages, tokenizer, rendered, learned)
+    every = loss_on == "all"
+    spans = _spans(place, messages, tokenizer, rendered, chat.unlearned if every else learned)
     ids, offsets = _tokens(place, rendered, tokenizer)
-    question = _question(place, messages, tokenizer, rendered)
-
-    if loss_on == "all":
-        return Example(ids, list(ids)), question
+    question = None
+    if len(messages) - 1 in learned:
+        question = _question(place, messages, tokenizer, rendered)
 
     labels = [
-        token if any(begin < to and since < end for begin, end in spans) else IGNORE_INDEX
+        token
+        if any(begin < to and since < end for begin, end in spans) is not every
+        else IGNORE_INDEX
         for token, (since, to) in zip(ids, offsets, strict=True)
     ]
     return Example(ids, labels), question
@@ -60,7 +68,7 @@ def _question(
     place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
 ) -> Question | None:
     """Return the last turn of the assistant as a question after all turns before it."""
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+    if len(messages) < 2:
         return None
 
     prompt = _render(place, messages[:-1], tokenizer, add_generation_prompt=True)
@@ -84,12 +92,16 @@ def chat_prompt(
 
 
 def _spans(
-    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
+    place: object,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: str,
+    turns: AbstractSet[int],
 ) -> list[tuple[int, int]]:
-    """Return where the assistant's turns stand in `rendered`, in characters."""
+    """Return where these turns of the assistant stand in `rendered`, in characters."""
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if turn not in turns:
             continue
 
         end = _render(place, messages[: turn + 1], tokenizer)
@@ -145,9 +157,14 @@ def _header(place: object, message: Message, tokenizer: PreTrainedTokenizerBase)
 
 
 def _refuse_omissions(
-    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
+    place: object,
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: str,
+    learned: AbstractSet[int],
 ) -> None:
-    """Raise `ConfigError` for a turn whose content the template leaves out or changes.
+    """Raise `ConfigError` for a turn whose content the template leaves out or changes, except those
+    that are `learned`, which `_spans` looks at.
 
     A short content may stand in the template's own text too, so marks are rendered in the place of
     contents.
@@ -158,7 +175,7 @@ def _refuse_omissions(
 
     for number, message in enumerate(messages):
         shown_whole = marks[number] in marked and message["content"].strip() in rendered
-        if message["role"] != "assistant" and not shown_whole:
+        if number not in learned and not shown_whole:
             raise _omitted(place, number, message)
 
 

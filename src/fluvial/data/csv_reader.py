@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.files import read_text
-from fluvial.data.reading import LINE_END, Reading, skipped
+from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
 from fluvial.data.rows import Place, Row, Table
 from fluvial.formatting import safe_line
 
@@ -41,6 +41,10 @@ def read_delimited(path: Path, reading: Reading) -> Table:
         place = Place(str(path), "line", number)
         if not any(cell.strip() for cell in cells):
             blank += 1
+        elif _names(cells) == _names(header):
+            faults.add(f"{place}: repeats the header, as in files that were joined; remove it")
+        elif cells[0].startswith(MARK):
+            faults.add(f"{place}: {MARKED}")
         elif len(cells) != len(columns):
             faults.add(
                 f"{place}: has {len(cells)} cells, the header has {len(columns)}; put a cell that "
@@ -56,6 +60,11 @@ def read_delimited(path: Path, reading: Reading) -> Table:
 
     faults.raise_any()
     return Table(str(path), path.suffix.lower(), rows, columns, skipped(blank))
+
+
+def _names(cells: Sequence[str]) -> list[str]:
+    """Return the names that `cells` hold as a header, in an order of their own."""
+    return sorted(cell.removeprefix(MARK).strip() for cell in cells)
 
 
 def _other_delimiter(text: str, reading: Reading) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from fluvial.data.faults import DataError, Faults, listed
 from fluvial.data.files import read_text
 from fluvial.data.json_document import DECODER, document
-from fluvial.data.reading import LINE_END, Reading, skipped
+from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
 from fluvial.data.rows import Place, Row, Table, columns_of
 from fluvial.formatting import safe_line
 
@@ -30,6 +30,9 @@ def _json_lines(path: Path, text: str) -> Table:
         place = Place(str(path), "line", number)
         if not line.strip():
             blank += 1
+            continue
+        if line.startswith(MARK):
+            faults.add(f"{place}: {MARKED}")
             continue
 
         try:

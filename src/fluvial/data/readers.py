@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluvial.data.csv_reader import read_delimited
-from fluvial.data.faults import DataError
+from fluvial.data.faults import DataError, Faults
 from fluvial.data.files import UTF8, read_text
 from fluvial.data.json_reader import read_document, read_lines
 from fluvial.data.parquet_reader import read_parquet
-from fluvial.data.reading import LINE_END, Reading, skipped
+from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
 from fluvial.data.rows import Place, Row, Table
 from fluvial.formatting import safe_line
 
@@ -50,6 +50,12 @@ def _text(path: Path, reading: Reading) -> Table:
     """Read one record from each line that is not blank."""
     lines = LINE_END.split(read_text(path, reading.encoding))
     blank = sum(not line.strip() for line in lines) - (not lines[-1])
+    faults = Faults()
+    for number, line in enumerate(lines, start=1):
+        if line.startswith(MARK):
+            faults.add(f"{Place(str(path), 'line', number)}: {MARKED}")
+
+    faults.raise_any()
     rows = [
         Row({"text": line}, Place(str(path), "line", number))
         for number, line in enumerate(lines, start=1)

@@ -8,6 +8,11 @@ from fluvial.data.files import UTF8
 LINE_END = re.compile(r"\r\n|\r|\n")
 """Ends of lines; not U+2028 and others, which may stand within a JSON text."""
 
+MARK = "\ufeff"
+"""Byte order mark, which only the beginning of a file may have."""
+MARKED = "begins with a byte order mark, as in files that were joined; remove the mark"
+"""Fault of a line within a file."""
+
 
 @dataclass(frozen=True)
 class Reading:

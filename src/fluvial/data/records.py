@@ -1,12 +1,13 @@
 """Records made from rows: texts that are checked, and no guesses."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fluvial.data.faults import shown
 from fluvial.data.forms import Form
-from fluvial.data.rows import Number, described
+from fluvial.data.rows import Number, described, typed
 from fluvial.errors import ConfigError
 
 SHAREGPT_ROLES = {
@@ -29,9 +30,35 @@ ALPACA_WITHOUT_INPUT = (
     "the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-UNSUPPORTED_IN_A_TURN = ("tool_calls", "function_call", "reasoning_content", "thinking")
-"""Fields of a turn that a chat template may render; a record with one is refused, since its text
-would be lost."""
+UNSUPPORTED_IN_A_TURN = (
+    "tool_calls",
+    "tool_plan",
+    "tool_responses",
+    "function_call",
+    "reasoning",
+    "reasoning_content",
+    "reasoning_details",
+    "thinking",
+    "thoughts",
+    "refusal",
+    "audio",
+    "audios",
+    "image",
+    "images",
+    "video",
+    "videos",
+    "documents",
+)
+"""Fields of a turn with a content that a chat template may render; a record with one is refused,
+since its text would be lost."""
+OTHER_WEIGHTS = ("train", "train_detail", "training", "loss", "loss_mask", "mask", "masked")
+"""Fields of a turn by which other programs choose what has loss; a record with one is refused."""
+UNSUPPORTED_IN_A_RECORD = ("tools", "functions")
+"""Fields of a conversation that a chat template may render; a record with one is refused."""
+NAMES_IN_A_TURN = ("name", "tool_call_id")
+"""Fields of a turn that a chat template may render, and that are given to it."""
+HARMLESS_IN_A_TURN = ("id", "index", "timestamp")
+"""Fields of a turn that hold nothing to learn; any other that is not read is noted."""
 
 Numbers = Literal["refuse", "text"]
 Message = dict[str, str]
@@ -59,6 +86,8 @@ class Chat:
     """Turns of a conversation, each with `role` and `content`; the assistant's have loss."""
 
     messages: Sequence[Message]
+    unlearned: frozenset[int] = frozenset()
+    """Numbers of the assistant's turns without loss, from 0 on."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +107,8 @@ class RecordReader:
     columns: Mapping[str, str]
     """Names of columns that differ: our field = the file's column."""
     numbers: Numbers = "refuse"
+    unread: Counter[str] = field(default_factory=Counter, compare=False)
+    """Turns that have a field which is not read, by its name; it grows with each record."""
 
     def read(self, place: object, fields: Mapping[str, Any]) -> Record:
         """Return the record of a row.
@@ -94,7 +125,7 @@ class RecordReader:
         if self.form == "alpaca":
             return Record(place, self._alpaca(place, fields))
 
-        return Record(place, Chat(self._messages(place, fields)))
+        return Record(place, self._chat(place, fields))
 
     def _text(self, place: object, fields: Mapping[str, Any], field: str) -> str:
         name = self._name(field)
@@ -163,7 +194,7 @@ class RecordReader:
         prompt = template.format(instruction=instruction, input=given)
         return Answered(prompt, answer, self._references(place, fields))
 
-    def _messages(self, place: object, fields: Mapping[str, Any]) -> list[Message]:
+    def _chat(self, place: object, fields: Mapping[str, Any]) -> Chat:
         field = "messages" if self.form == "messages" else "conversations"
         if self._column(field) not in fields:
             raise ConfigError(
@@ -178,18 +209,25 @@ class RecordReader:
                 f"{held}; write a list of objects, or remove the record"
             )
 
-        if fields.get("tools"):
-            raise ConfigError(
-                f"{place}: the record has 'tools', which are not supported; remove the field or "
-                "the record"
-            )
+        for key in UNSUPPORTED_IN_A_RECORD:
+            if fields.get(key):
+                raise ConfigError(
+                    f"{place}: the record has {key!r}, which are not supported; remove the field "
+                    "or the record"
+                )
 
-        return [
-            self._turn(f"{place}: turn {number}", turn)
-            for number, turn in enumerate(turns, start=1)
-        ]
+        messages = list[Message]()
+        unlearned = set[int]()
+        for number, turn in enumerate(turns):
+            message, learned = self._turn(f"{place}: turn {number + 1}", turn)
+            messages.append(message)
+            if not learned:
+                unlearned.add(number)
 
-    def _turn(self, place: str, turn: Any) -> Message:
+        return Chat(messages, frozenset(unlearned))
+
+    def _turn(self, place: str, turn: Any) -> tuple[Message, bool]:
+        """Return a turn, and false if it is one of the assistant without loss."""
         who, what = ("role", "content") if self.form == "messages" else ("from", "value")
         if not isinstance(turn, Mapping):
             raise ConfigError(
@@ -202,12 +240,7 @@ class RecordReader:
                     f"{place} needs the texts {who!r} and {what!r}; {key!r} is missing"
                 )
 
-        for key in UNSUPPORTED_IN_A_TURN:
-            if turn.get(key):
-                raise ConfigError(
-                    f"{place} has {key!r}, which is not supported; remove the field or the record"
-                )
-
+        self._refuse_fields(place, turn)
         role = turn[who]
         roles = SHAREGPT_ROLES if self.form == "sharegpt" else ROLES
         if not isinstance(role, str) or role not in roles:
@@ -219,10 +252,38 @@ class RecordReader:
             "role": SHAREGPT_ROLES[role] if self.form == "sharegpt" else role,
             "content": self._content(place, what, turn[what]),
         }
-        named = {
-            key: turn[key] for key in ("name", "tool_call_id") if isinstance(turn.get(key), str)
-        }
-        return message | named
+        learned = _weight(place, message["role"], turn.get("weight"))
+        if message["role"] == "assistant" and learned and not message["content"].strip():
+            raise ConfigError(
+                f"{place}: the answer is empty ({what!r}), which would teach the model to say "
+                "nothing; write the answer, or remove the turn or the record"
+            )
+
+        for key in NAMES_IN_A_TURN:
+            if turn.get(key) is not None:
+                message[key] = self._value(place, repr(key), turn[key])
+
+        read = {who, what, "weight", *NAMES_IN_A_TURN, *HARMLESS_IN_A_TURN}
+        self.unread.update(
+            key for key, value in turn.items() if key not in read and value not in (None, "", [])
+        )
+        return message, learned
+
+    def _refuse_fields(self, place: str, turn: Mapping[str, Any]) -> None:
+        """Raise `ConfigError` for a field whose content, or whose effect on the loss, would be
+        lost."""
+        for key in UNSUPPORTED_IN_A_TURN:
+            if turn.get(key):
+                raise ConfigError(
+                    f"{place} has {key!r}, which is not supported; remove the field or the record"
+                )
+
+        for key in OTHER_WEIGHTS:
+            if turn.get(key) is not None:
+                raise ConfigError(
+                    f'{place} has {key!r}, which is not supported; write "weight": 0 on a turn '
+                    "of the assistant without loss, and remove the field"
+                )
 
     def _content(self, place: str, name: str, value: Any) -> str:
         """Return the text of a turn; a list of texts is joined, as chat templates join it."""
@@ -251,6 +312,30 @@ class RecordReader:
         return (
             f"field {field!r}" if column == field else f"field {field!r} (column {shown(column)})"
         )
+
+
+def _weight(place: str, role: str, value: Any) -> bool:
+    """Return whether a turn of weight `value` has loss, as a turn of the assistant without one has.
+
+    Raise `ConfigError` for anything but 0 and 1, and for a weight of another role.
+    """
+    if value is None:
+        return True
+    if role != "assistant":
+        raise ConfigError(
+            f"{place} has 'weight' and the role {role!r}; only a turn of the assistant may have "
+            "one; remove the field"
+        )
+
+    number = typed(value)
+    weight = float(number.text) if isinstance(number, Number) and number.finite else None
+    if weight not in (0, 1):
+        raise ConfigError(
+            f"{place}: 'weight' must be 0 (no loss on the turn) or 1; write one of them, or remove "
+            "the field"
+        )
+
+    return weight == 1
 
 
 def encodable(place: object, name: str, text: str) -> str:

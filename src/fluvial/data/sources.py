@@ -272,6 +272,8 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
 
         found.entries.append(Entry(record, row))
 
+    for key, count in sorted(reader.unread.items()):
+        found.notes.append(f"{name}: the field {shown(key)} of {count} turns is not read")
     if empty:
         found.notes.append(f"{name}: {empty} records with an empty text were left out")
 

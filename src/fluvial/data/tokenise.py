@@ -121,7 +121,7 @@ class Tokenizing:
             return Example(ids, ids), None
 
         if isinstance(content, Chat):
-            return encode_chat(record.place, content.messages, self.tokenizer, self.loss_on)
+            return encode_chat(record.place, content, self.tokenizer, self.loss_on)
 
         before = encoder.prompt(content.prompt)
         after = encoder.answer(content.answer)

@@ -21,9 +21,12 @@ from fluvial.data import (
     stdlib,
     tokenize,
 )
+from fluvial.data.faults import Faults
 from fluvial.data.forms import detect_form
 from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, alike, split
 from fluvial.data.records import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from fluvial.data.rows import Number
+from fluvial.data.sources import Source, read_source
 from fluvial.errors import ConfigError
 from fluvial.runs.config import parse
 
@@ -268,6 +271,56 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
             "turn 1: 'content' is a list with a part that is not",
         ),
         ("messages", {"messages": CHAT, "tools": [{"name": "x"}]}, "the record has 'tools'"),
+        ("messages", {"messages": CHAT, "functions": [{}]}, "the record has 'functions'"),
+        *(
+            (
+                "messages",
+                {"messages": [CHAT[1], {"role": "assistant", "content": empty}]},
+                r"turn 2: the answer is empty \('content'\), .* remove the turn or the record",
+            )
+            for empty in ("", " \n", [], [{"type": "text", "text": ""}])
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": " "}]},
+            r"turn 2: the answer is empty \('value'\)",
+        ),
+        *(
+            (
+                "messages",
+                {"messages": [CHAT[1], CHAT[2] | {key: "step by step"}]},
+                f"turn 2 has '{key}', which is not supported",
+            )
+            for key in ("reasoning", "reasoning_content", "thinking", "refusal")
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[1], CHAT[2] | {"train": False}]},
+            "turn 2 has 'train', .* write \"weight\": 0 on a turn of the assistant",
+        ),
+        *(
+            (
+                "messages",
+                {"messages": [CHAT[1], CHAT[2] | {"weight": weight}]},
+                "turn 2: 'weight' must be 0 .no loss on the turn. or 1",
+            )
+            for weight in (0.5, 2, "0", True, Number("-1"), Number("1e999"))
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[1] | {"weight": 1}, CHAT[2]]},
+            "turn 1 has 'weight' and the role 'user'; only a turn of the assistant",
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[1], CHAT[2] | {"weight": 0}]},
+            "no turn of the assistant of a weight of 1 to learn",
+        ),
+        (
+            "messages",
+            {"messages": [CHAT[1] | {"name": 5}, CHAT[2]]},
+            "turn 1: 'name' must be text",
+        ),
         (
             "sharegpt",
             {"conversations": [{"from": "bing", "value": "x"}]},
@@ -280,6 +333,54 @@ def test_a_record_of_another_form_is_named(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         tokens_of(tokenizer, form, record)
+
+
+@pytest.mark.parametrize(
+    ("form", "weights", "question"),
+    [("messages", (0, 1), True), ("messages", (1, 0), False), ("sharegpt", (0.0, 1.0), True)],
+)
+def test_a_turn_of_weight_0_has_no_loss(
+    tokenizer: Any, form: str, weights: tuple[float, float], question: bool
+) -> None:
+    """A last turn of weight 0, which may be a wrong answer, is no question either."""
+    given = dict(zip(("good day", "farewell"), weights, strict=True))
+    names = ("role", "content") if form == "messages" else ("from", "value")
+    turns = [
+        dict(zip(names, turn.values(), strict=True))
+        | ({"weight": given[turn["content"]]} if turn["content"] in given else {"weight": None})
+        for turn in CHAT
+    ]
+    record = {"messages" if form == "messages" else "conversations": turns}
+
+    made = tokens_of(tokenizer, form, record)
+    (example,) = made.examples
+    (whole,) = tokens_of(tokenizer, "messages", {"messages": CHAT}).examples
+    assert example.input_ids == whole.input_ids
+    for content, weight in given.items():
+        assert (content in learned(tokenizer, example)) is (weight == 1)
+        assert content in learned(tokenizer, whole)
+    assert bool(made.questions) is question
+
+    everything = one(tokenizer, form, record, loss_on="all")
+    for content, weight in (*given.items(), ("be brief", 1), ("bye", 1)):
+        assert (content in learned(tokenizer, everything)) is (weight == 1)
+
+
+def test_an_empty_turn_of_weight_0_and_empty_fields_of_no_use_are_read(tokenizer: Any) -> None:
+    empty = {"role": "assistant", "content": "", "weight": 0, "tool_calls": None, "audio": None}
+    record = {"messages": [CHAT[1], empty, CHAT[1], CHAT[2] | {"weight": Number("1")}]}
+    assert learned(tokenizer, one(tokenizer, "messages", record)).startswith("good day")
+
+
+def test_a_field_of_a_turn_that_is_not_read_is_noted(tmp_path: Path) -> None:
+    turns = [CHAT[1] | {"id": 1, "mood": "glad"}, CHAT[2] | {"mood": "", "toxic": True}]
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    source = Source("data.source", str(path), "train", DataConfig(source=str(path)).reading())
+    assert read_source(source, Faults()).notes == [
+        f"{path}: the field 'mood' of 3 turns is not read",
+        f"{path}: the field 'toxic' of 3 turns is not read",
+    ]
 
 
 class Speaking:

@@ -306,6 +306,22 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.csv", HEAD + 'a,"b"c\n', "row that begins in line 2 is broken at line 2"),
     ("a.csv", HEAD + 'a, "b"\n', "line 2: a blank stands before the opening quote"),
     (
+        "a.csv",
+        HEAD + "a,b\n" + HEAD + "c,d\n\ufeffcompletion, prompt\n",
+        "a.csv, line 3: repeats the header, .* remove it\n.*a.csv, line 5: repeats the header",
+    ),
+    ("a.tsv", "text\na\ntext\nb\n", "a.tsv, line 3: repeats the header"),
+    ("a.csv", ",b\n1,2\n,b\n", "a.csv, line 3: repeats the header"),
+    *(
+        (name, content, f"{name}, line {line}: begins with a byte order mark, .* remove the mark")
+        for name, content, line in (
+            ("a.csv", HEAD + "a,b\n\ufeffc,d\n", 3),
+            ("a.txt", "one\n\ufefftwo\n", 2),
+            ("a.txt", b"\xef\xbb\xbf\xef\xbb\xbfone\n", 1),
+            ("a.jsonl", '{"a": 1}\n\ufeff{"a": 2}\n', 2),
+        )
+    ),
+    (
         "a.jsonl",
         '{"a": 1}\n{"a" 1}\n',
         r"a.jsonl, line 2 is not JSON \(Expecting ':' delimiter at character 6\)",
