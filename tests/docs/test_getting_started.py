@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.models import cpu_types
 from tests.docs.test_docs import blocks, commands
 from tests.support import ROOT
 
@@ -48,7 +50,10 @@ def settings(text: str) -> dict[str, Any]:
     return table
 
 
-def test_init_writes_the_configuration_of_the_page() -> None:
+def test_init_writes_the_configuration_of_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page shows what is written without a GPU, on a CPU that is slow in bfloat16."""
+    monkeypatch.setattr(cpu_types, "times_slower", lambda _: 5.4)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (init,) = (words for words in commands(PAGE) if words[0] == "init")
     run(init)
     (shown,) = blocks(PAGE, "toml")

@@ -381,5 +381,6 @@ def _report(file: Path, proposal: "Proposal", *, plans: bool) -> None:
     program = shlex.join(program_name())
     print_line(f"\nwrote {file}, and checked it. Next:")
     before = [["preview", file], ["plan", file]] if plans else [["preview", file]]
-    for words in (*before, ["run", file]):
-        print_line(f"  {program} {shlex.join(map(str, words))}")
+    for words in (*before, ["check", file, "--time"], ["run", file]):
+        how_long = "  # how long the run takes here" if "--time" in words else ""
+        print_line(f"  {program} {shlex.join(map(str, words))}{how_long}")

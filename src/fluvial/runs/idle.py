@@ -12,6 +12,7 @@ from fluvial.errors import ConfigError
 from fluvial.methods import METHODS
 from fluvial.methods.interface import Plan
 from fluvial.methods.measuring import Texts
+from fluvial.models.cpu_types import slow_types
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import train_config
 
@@ -37,8 +38,8 @@ def refuse_idle(config: RunConfig, planned: Plan, texts: Texts) -> None:
 
 
 def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str]:
-    """Yield remarks on settings that are no mistake: those of the method, and on settings without
-    effect.
+    """Yield remarks on settings that are no mistake: those of the method, on settings without
+    effect, and on a float type that makes this machine slow.
 
     A run may be a short trial of a longer one. Methods are compared by one file, and not all of
     them read public text. A file for many machines names their sites.
@@ -50,6 +51,8 @@ def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str
         yield f"{place}: without effect in this run, because {why}"
 
     yield from planned.remarks()
+    if isinstance(texts, SiteTexts):
+        yield from slow_types(config.model, autocast=config.train.bf16)
     names = sorted(texts.names)
     if isinstance(texts, SiteTexts) and config.fleet.sites and sorted(config.fleet.sites) != names:
         yield (

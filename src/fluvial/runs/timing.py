@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from fluvial.models.states import initial_state
 from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import settled, texts_of
+from fluvial.runs.remaining import rough
 from fluvial.runs.step_time import Clock, time_steps
 from fluvial.training.evaluate import heldout
 
@@ -192,6 +193,14 @@ def timed(
             f"{ahead.run_s:.3g} s",
         )
     )
+    here_s = _here_s(config, found, planned["sites"])
+    comparisons = f" after {', '.join(config.compare)}" if config.compare else ""
+    rows.append(
+        (
+            f"`fluvial run` on this machine{comparisons}, set-up and written answers apart",
+            f"about {rough(here_s)}",
+        )
+    )
 
     return {
         **planned,
@@ -209,8 +218,24 @@ def timed(
             "coding_s": coding.coding_s if coding else None,
             "line_s": ahead.line_s,
             "run_s": ahead.run_s,
+            "here_s": here_s,
         },
     }
+
+
+def _here_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds of a run in this process, where nothing crosses a line, with the
+    baselines before it; `sites` are those of `plan.plan`."""
+    train = [site["train"] for site in sites]
+    measured = [site["heldout"] for site in sites]
+    coded = replace(found, call_s=found.call_s + (found.coding.coding_s if found.coding else 0.0))
+    runs = [(config.baseline(name), found) for name in config.compare] + [(config, coded)]
+    return math.fsum(
+        predict(
+            times, _work(each, train, measured), rounds=each.rounds, every=each.evaluate.every
+        ).run_s
+        for each, times in runs
+    )
 
 
 def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCoding | None:

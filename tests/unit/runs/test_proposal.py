@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import Result
 from pydantic import BaseModel
 from typer.testing import CliRunner
@@ -15,11 +16,13 @@ from typer.testing import CliRunner
 from fluvial.cli import app, init
 from fluvial.data.records import Answered
 from fluvial.errors import ConfigError, MissingWeightsError
-from fluvial.runs.config import RunConfig, load
+from fluvial.models import cpu_types
+from fluvial.runs.config import RunConfig, load, parse
 from fluvial.runs.plan import plan
-from fluvial.runs.proposal import aims
+from fluvial.runs.proposal import aims, models
 from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
+from fluvial.runs.proposal.lengths import Lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
 from fluvial.runs.proposal.proposing import path_from
 from fluvial.runs.proposal.records import Sites, facts_about, read_records
@@ -82,7 +85,7 @@ def test_a_file_with_a_column_of_owners(tiny_model: Path) -> None:
     assert " preview q.toml" in result.output.partition("Next:")[2]
 
 
-@pytest.mark.parametrize(("limit", "next_commands"), [("unequal-sites", 3), ("none", 2)])
+@pytest.mark.parametrize(("limit", "next_commands"), [("unequal-sites", 4), ("none", 3)])
 def test_the_plan_is_among_the_next_commands_where_sites_are_planned(
     limit: str, next_commands: int, tiny_model: Path
 ) -> None:
@@ -90,6 +93,7 @@ def test_the_plan_is_among_the_next_commands_where_sites_are_planned(
     after = run_init("--yes", *given).output.partition("Next:")[2].split("\n")
     assert len([line for line in after if "q.toml" in line]) == next_commands
     assert any(" plan q.toml" in line for line in after) == (limit == "unequal-sites")
+    assert any(" check q.toml --time" in line for line in after)
 
 
 def test_a_small_model_gets_many_short_rounds(
@@ -262,6 +266,45 @@ def test_each_limit_gives_a_run_that_passes_check(limit: str) -> None:
         assert config.promise is not None
 
 
+@pytest.mark.parametrize("ratio", [5.4, 1.0])
+def test_a_base_is_held_in_float32_where_the_cpu_is_slow_in_its_type(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu_types, "times_slower", lambda _: ratio)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    options = ("--model", "embedded", "--data", written(answers()), "--force")
+    config = proposed(*options)
+    assert config.model.dtype == ("float32" if ratio > 2 else "auto")
+    assert ("# quicker than bfloat16 on the CPU" in Path("q.toml").read_text()) == (ratio > 2)
+    assert not any("model.dtype" in note for note in plan(config)["notes"])
+
+    auto = parse(config.model_dump(exclude_unset=True) | {"model": {}}, "test")
+    warned = [note for note in plan(auto)["notes"] if note.startswith("model.dtype: this CPU")]
+    assert len(warned) == (ratio > 2)
+    under = {"model": {"dtype": "float32"}, "train": {"bf16": True}}
+    autocast = parse(config.model_dump(exclude_unset=True) | under, "test")
+    assert any(n.startswith("train.bf16: this") for n in plan(autocast)["notes"]) == (ratio > 2)
+
+    monkeypatch.setattr(models, "_memory_bytes", lambda: 10**6)
+    assert proposed(*options).model.dtype == "auto"  # four bytes a value would be too many
+
+
+def test_the_longest_record_is_not_cut_where_it_is_no_exception() -> None:
+    usual = (*range(20, 40), *[40] * 180)
+    assert proposed_length(Lengths((*usual, 49), (4,)), 256, text=False) == 64
+    assert proposed_length(Lengths((*usual, 200), (4,)), 256, text=False) == 48
+    assert proposed_length(Lengths((*usual, 49, 200), (4,)), 256, text=False) == 64
+    assert proposed_length(Lengths((*usual, 49), (4,)), 48, text=False) == 48
+    assert proposed_length(Lengths((*usual, 70), (4,)), 256, text=True) == 48  # cut into windows
+
+
+def test_one_record_that_is_longer_is_named_in_the_singular(tiny_model: Path) -> None:
+    rows = [*answers(100), {"hospital": "north", "question": "ice wind " * 99, "answer": "snow"}]
+    assert proposed("--model", str(tiny_model), "--data", written(rows)).data.max_length < 99
+    text = Path("q.toml").read_text().replace("\n# ", " ")
+    assert "1 record is longer: the beginning" in text, text
+
+
 def test_private_updates_over_quick_links_need_no_codec_that_learns(tiny_model: Path) -> None:
     data = written(answers(10))
     config = proposed("--model", str(tiny_model), "--data", data, "--limit", "privacy")
@@ -423,7 +466,9 @@ def test_the_rate_and_its_comment_agree_with_check(mbps: str, rate: float) -> No
     assert sizes["raw"] / sizes["frame"] == pytest.approx(rate, rel=0.01)
     upload_s = 8 * sizes["frame"] / (1e6 * float(mbps))
     comment = f"bits a value: {upload_s:.2g} s at {float(mbps):g} Mbit/s"
-    assert comment in Path("q.toml").read_text()
+    text = Path("q.toml").read_text().replace("\n# ", " ")
+    assert comment in text
+    assert "an upload may take 10 s" in text or upload_s > 10.5
 
 
 def test_names_of_sites_are_apart_where_they_have_commas_and_numbers() -> None:

@@ -63,6 +63,8 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     )  # slow enough for one step to be the measure
     assert told["round_training_s"] == max(3 * 30.0 / told["workers"], 30.0)
     assert told["run_s"] == pytest.approx(2 * told["round_training_s"] + 2 * told["measuring_s"])
+    coding_s = 2 * max(3 * 10.0 / told["workers"], 10.0)
+    assert told["here_s"] == pytest.approx(told["run_s"] + coding_s)  # nothing is compared
 
 
 def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
@@ -78,6 +80,12 @@ def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
     told = timed(config, planned, lambda: next(clock))
     assert told["time"]["coding_s"] == 1.0
     assert told["time"]["line_s"] == pytest.approx(planned["round_over_line_s"] + 1.0)
+    time = told["time"]
+    coding_s = 2 * max(3 / time["workers"], 1.0)  # a second of each of three sites, in two rounds
+    assert time["here_s"] == pytest.approx(time["run_s"] - 2 * time["line_s"] + coding_s)
+    both = timed(parse(settings | {"compare": ["local"]}, "test"), planned, lambda: next(clock))
+    assert both["time"]["here_s"] == pytest.approx(2 * time["here_s"] - coding_s)
+    assert any("after local, set-up" in row["what"] for row in both["rows"])
     rows = {row["what"]: row["value"] for row in told["rows"]}
     assert rows["coding and decoding an update by trellis, measured"] == "1 s; int8 1 s"
     assert "a round over fleet.line, with training and coding" in rows

@@ -15,6 +15,9 @@ ROUGH = 2048
 WINDOW = 512
 """Most tokens of a window of plain text that are proposed."""
 
+FAR = 2
+"""Times the usual length beyond which a record is an exception, which may be cut."""
+
 
 @dataclass(frozen=True)
 class Lengths:
@@ -68,7 +71,12 @@ def measure_lengths(facts: DataFacts, model: ModelFacts, template: str | None) -
 
 
 def proposed_length(lengths: Lengths, context: int | None, *, text: bool) -> int:
-    """Return the tokens of a sequence: what 99 % of the records need, within the context."""
+    """Return the tokens of a sequence, within the context: those of the longest record that has at
+    most `FAR` times what 99 % of the records need; of plain text, what these need.
+
+    A batch is padded to its own longest record, so a length that few records have costs little.
+    """
     most = min(context or ROUGH, WINDOW if text else ROUGH)
-    needed = 16 * math.ceil(lengths.quantile(0.99) / 16)
-    return max(8, min(most, max(32, needed)))
+    usual = lengths.quantile(0.99)
+    needed = usual if text else max(each for each in lengths.tokens if each <= FAR * usual)
+    return max(8, min(most, max(32, 16 * math.ceil(needed / 16))))

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from fluvial.codecs.auto import AutoSettings
 from fluvial.codecs.rotated.trellis import MOST_BITS
 from fluvial.runs.proposal.document import Section, Setting
 from fluvial.runs.proposal.limits import Limit, method_for
@@ -58,8 +59,7 @@ def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: boo
         )
     else:
         upload_s = 8 * update_bytes / rate / (1e6 * uplink_mbps)
-        target += f": {upload_s:.2g} s at {uplink_mbps:g} Mbit/s"
-        target += "; trellis never uses more bits" if rate == least else ""
+        target += f": {upload_s:.2g} s at {uplink_mbps:g} Mbit/s; {_aim(rate, least, upload_s)}"
     method = Setting("name", "cgfedllm", "FedAvg over LoRA with coded updates")
     down = Section(
         "[downlink]",
@@ -85,15 +85,32 @@ def _slow(rate: float, update_bytes: int, uplink_mbps: float | None, public: boo
         Section(
             "[codec]",
             [
-                Setting(
-                    "name", "trellis", "needs the fewest bytes of the codecs that learn nothing"
-                ),
+                Setting("name", "trellis", _why_trellis(rate)),
                 Setting("rate", rate, target),
                 Setting("error_feedback", True, "sites keep what was lost and send it later"),
             ],
         ),
         down,
     ]
+
+
+def _aim(rate: float, least: float, upload_s: float) -> str:
+    """Return why an upload of `upload_s` is the aim, for a rate that is at least `least`."""
+    allowed = AutoSettings().upload_s
+    if rate == least:
+        return (
+            f"an upload may take {allowed:g} s, and trellis never uses more bits; a larger rate is "
+            "quicker and loses more"
+        )
+    if upload_s > 1.1 * allowed:
+        return f"an upload should take {allowed:g} s, but a larger rate would lose too much"
+    return f"an upload may take {allowed:g} s, as `auto` has it by default"
+
+
+def _why_trellis(rate: float) -> str:
+    if 32 / rate < 1:
+        return "needs the fewest bytes of the codecs that learn nothing"
+    return "sign and int4 end alike at one bit a value or more, but have no rate to set"
 
 
 def _private(slow: bool, rate: float, clip_norm: float) -> list[Section]:
