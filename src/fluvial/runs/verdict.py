@@ -54,9 +54,9 @@ class Verdict:
     exact_match: dict[str, float] = field(default_factory=dict)
     """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
     empty where this run has no answers."""
-    answered: tuple[int, int] | None = None
-    """Sites with more right answers than `against`, and with as many; None where some site has no
-    exact match of both."""
+    answered: tuple[int, int, int] | None = None
+    """Sites with more right answers than `against`, with as many, and with fewer; None where some
+    site has no exact match of both."""
 
     @property
     def against(self) -> Reference | None:
@@ -71,10 +71,12 @@ class Verdict:
     @property
     def helped(self) -> Answer:
         """Return the answer against `against`, "partly" where exact match disagrees with the
-        losses."""
+        losses, in its mean or at most sites."""
         if self.decisive is None:
             return "not measured"
-        return "partly" if self.disagrees else self.decisive.answer
+        answer = self.decisive.answer
+        more, _, fewer = self.answered or (0, 0, 0)
+        return "partly" if self.disagrees or (answer == "yes" and fewer > more) else answer
 
     @property
     def disagrees(self) -> bool:
@@ -117,12 +119,12 @@ class Verdict:
         helped = f"Helped at {found.better} of {found.sites} sites"
         if self.answered is None or not words.startswith(helped):
             return words
-        more, equal = self.answered
+        more, equal, fewer = self.answered
         if more == found.better:
             return words
-        as_many = f", as many at {equal}" if equal else ""
+        others = f", as many at {equal}" * bool(equal) + f", fewer at {fewer}" * bool(fewer)
         lower = f"Lower loss at {found.better} of {found.sites} sites"
-        return f"{lower}{words.removeprefix(helped)}; more right answers at {more}{as_many}"
+        return f"{lower}{words.removeprefix(helped)}; more right answers at {more}{others}"
 
     def _score(self) -> str:
         """Return exact match of this run and of those that it is compared with."""
@@ -196,15 +198,18 @@ def _scores(
     return known if "final" in known else {}
 
 
-def _answered(result: Mapping[str, Any], local: Mapping[str, Any] | None) -> tuple[int, int] | None:
-    """Return the sites with more right answers than `local`, and with as many; against the base
-    model where `local` is None. Return None where a site lacks one of the two."""
+def _answered(
+    result: Mapping[str, Any], local: Mapping[str, Any] | None
+) -> tuple[int, int, int] | None:
+    """Return the sites with more right answers than `local`, with as many, and with fewer; against
+    the base model where `local` is None. Return None where a site lacks one of the two."""
     ours = _by_site(result, "final")
     theirs = _by_site(result, "base") if local is None else _by_site(local, "final")
     if not ours or ours.keys() != theirs.keys():
         return None
     gains = [own - theirs[site] for site, own in ours.items()]
-    return sum(gain > 0 for gain in gains), sum(gain == 0 for gain in gains)
+    signs = [(gain > 0) - (gain < 0) for gain in gains]
+    return signs.count(1), signs.count(0), signs.count(-1)
 
 
 def _by_site(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:

@@ -157,6 +157,17 @@ def test_where_fewer_sites_gain_right_answers_each_measure_is_said() -> None:
     assert "helped at 4 of 4 sites against local training" in same
 
 
+def test_a_mean_of_answers_that_one_site_raised_is_no_clear_gain() -> None:
+    """Losses and the mean exact match are better, but most sites have fewer right answers."""
+    ours, local = scored(0.5, 0.1, 2.8), scored(0.5, 0.1)
+    for site, gain in zip("abcd", (0.3, 0.0, -0.04, -0.08), strict=True):
+        ours["heldout_by_site"][site]["final"]["exact_match"] += gain
+    verdict = judge(ours, {"local": local})
+    assert verdict.exact_match["final"] > verdict.exact_match["local"]
+    assert verdict.helped == "partly"
+    assert "more right answers at 1, as many at 1, fewer at 2" in verdict.line()
+
+
 def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
     """The mean of the base alone would look like a gain."""
     verdict = judge(made([2.9] * 8), {"local": made([2.8] * 8)})
