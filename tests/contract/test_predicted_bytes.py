@@ -161,9 +161,21 @@ def test_a_run_sends_what_was_predicted(
 ) -> None:
     table = table_of(run_config, name)
     config = parse(table, "test")
-    predict = planned(config).forecast().traffic
-    rounds = rounds_of(run_table(table, tmp_path / "run"))
+    forecast = planned(config).forecast()
+    predict = forecast.traffic
+    result = run_table(table, tmp_path / "run")
+    rounds = rounds_of(result)
     assert len(rounds) == config.rounds
+    own = config.method.name in ("fedpipe", "fedcybgd", "central_cyclic", "flglm")
+    side = name in ("stack", "residual, int8 downlink")  # what is measured has no side path
+    assert (forecast.measured is None) == (own or side)
+    if forecast.measured is not None:
+        evaluate = config.evaluate
+        models = 1 + (config.rounds // evaluate.every if evaluate.every else 0)
+        predicted = forecast.measured.bytes(models, evaluate.max_new_tokens)
+        assert not predicted.unknown
+        check_message(predicted, result["bytes"]["evaluate"] // result["sites"])
+        assert predicted.most - predicted.least <= 2 * DIGITS * (models + 1)
 
     for number, sites in enumerate(rounds, 1):
         traffic = predict(number)
@@ -208,6 +220,11 @@ def test_check_shows_predictions_or_why_there_are_none(
     rows = {row["what"]: row["value"] for row in plan(parse(run_config | change, "test"))["rows"]}
     assert words in rows["up, one site in a round, with headers"]
     assert rows["down, one site in a round, with headers"].endswith(" B in round 1")
+    held = "held-out measures, one site, whole run"
+    assert rows[held].endswith(" B, both ways")
+    blocks = parse(table_of(run_config, "fedcybgd"), "test")
+    rows = {row["what"]: row["value"] for row in plan(blocks)["rows"]}
+    assert rows[held] == "not predicted: method 'fedcybgd' sends them in its own way"
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("flglm")])

@@ -52,6 +52,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.planning import shared_plan, shared_traffic, uncoded
 from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.traffic import Measured
 from fluvial.models.assignment import Assignment
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Layout, Named
@@ -169,14 +170,23 @@ def plan(config: FedAvgConfig, given: Given) -> Plan:
     aggregation that the model does not allow."""
     check_aggregation(config.aggregation, given, broadcast=config.tgap.refit == "broadcast")
     download = side_download(config.aggregation, given)
-    return shared_plan(config, given, _sent(config, given.layout), config.tgap, download=download)
+    return shared_plan(
+        config,
+        given,
+        _sent(config, given.layout),
+        config.tgap,
+        download=download,
+        measured=given.layout if download is None else None,
+    )
 
 
 def plan_central(config: CentralConfig, given: Given) -> Plan:
     """Return the plan of a run whose pooled data trains at one place; no update is sent."""
     sent = _sent(config, given.layout)
     traffic = partial(shared_traffic, config, given, sent)
-    return Plan(sent, partial(uncoded, config, given, traffic, sent, "none"))
+    return Plan(
+        sent, partial(uncoded, config, given, traffic, sent, "none", Measured.of(given.layout))
+    )
 
 
 def _sent(config: FedAvgConfig | CentralConfig, layout: Layout) -> Layout:

@@ -150,7 +150,7 @@ def plan(config: FedSaConfig, given: Given) -> Plan:
     """Refuse a codec that learns, and return the plan of a run that shares A."""
     refuse_learned(given.codec, config.name)
     sent = factor_layout(given.layout, "A")
-    return shared_plan(config, given, sent, PUBLIC_TGAP, download=(sent, {}))
+    return shared_plan(config, given, sent, PUBLIC_TGAP, download=(sent, {}), measured=sent)
 
 
 METHOD = Method(

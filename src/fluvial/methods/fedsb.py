@@ -259,7 +259,9 @@ def plan(config: FedSbConfig, given: Given) -> Plan:
     refuse_learned(given.codec, config.name)
     check_products(given, f"method.name={config.name!r}")
     sent = factor_layout(given.layout, "R")
-    shared = shared_plan(config, given, sent, PUBLIC_TGAP, download=(sent, {}))
+    shared = shared_plan(
+        config, given, sent, PUBLIC_TGAP, download=(sent, {}), measured=given.layout
+    )
     basis = given.layout.raw_bytes + sent.raw_bytes
     note = f"before round 1 each site downloads B, A and the start of R, {basis:,} B"
     return replace(shared, reads_public=True, notes=(note,))

@@ -36,7 +36,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.planning import OWN_CODE, uncoded
 from fluvial.methods.shared import SharedModelServer
-from fluvial.methods.traffic import FULL_LOSS, Bytes, Traffic, answer, envelope
+from fluvial.methods.traffic import FULL_LOSS, Bytes, Measured, Traffic, answer, envelope
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import (
     Payload,
@@ -254,7 +254,8 @@ def plan(config: FlascConfig, given: Given) -> Plan:
         up = Bytes(*frames.sizes(sent, sent))
         return Traffic(down + envelope({"round": round}), up + answer(loss=FULL_LOSS))
 
-    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE)
+    measured = Measured.of(given.layout)
+    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE, measured)
     cohort = config.cohort(given.sites)
     idle = {**idle_bounds(cohort), **idle_fraction(config, given.sites)}
     return Plan(given.layout, forecast, idle=idle)

@@ -18,7 +18,7 @@ from fluvial.federation.line import Line
 from fluvial.federation.sites import Task
 from fluvial.methods.exporting import Export, Reporting
 from fluvial.methods.measuring import Measures
-from fluvial.methods.traffic import Traffic
+from fluvial.methods.traffic import Measured, Traffic
 from fluvial.models.assignment import Assignment
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import Tuning
@@ -193,6 +193,8 @@ class Forecast:
     """Rows of `fluvial check`: bytes, memory, and time over the line."""
     round_over_line_s: float | None = None
     """Seconds of a round over the line, without training; None where they are not predicted."""
+    measured: Measured | None = None
+    """The model in a held-out measure; None where its bytes are not predicted."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,14 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.measuring import ask_heldout
 from fluvial.methods.planning import uncoded
-from fluvial.methods.traffic import FULL_LOSS, PREDICTED_SAMPLES, SHORT_LOSS, Traffic, envelope
+from fluvial.methods.traffic import (
+    FULL_LOSS,
+    PREDICTED_SAMPLES,
+    SHORT_LOSS,
+    Measured,
+    Traffic,
+    envelope,
+)
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value
 from fluvial.wire.tensors import add
@@ -120,7 +127,9 @@ def plan(config: LocalConfig, given: Given) -> Plan:
             up=envelope(values["short"], values["long"], frame=False),
         )
 
-    return Plan(given.layout, partial(uncoded, config, given, traffic, given.layout, "none"))
+    return Plan(
+        given.layout, partial(uncoded, config, given, traffic, given.layout, "none", Measured(None))
+    )
 
 
 METHOD = Method(

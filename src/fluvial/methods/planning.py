@@ -13,7 +13,7 @@ from fluvial.exchange.downlink import coded_layout
 from fluvial.federation.line import round_s
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
-from fluvial.methods.traffic import Traffic, shared_down, shared_up, starts
+from fluvial.methods.traffic import Measured, Traffic, shared_down, shared_up, starts
 from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
@@ -38,12 +38,14 @@ def shared_plan(
     tgap: TgapConfig,
     *,
     download: Download | None = None,
+    measured: Layout | None = None,
 ) -> Plan:
     """Return the plan of a method that shares one adapter and pre-trains by default on public text.
 
     `sent` is the layout of an update, `download` what sites receive where it is not the adapter
-    alone. Raises `ConfigError` for a codec that cannot code it, and for
-    a `tgap` that no codec needs.
+    alone, `measured` the layout of what they are sent in a held-out measure, None where that is not
+    predicted. Raises `ConfigError` for a codec that cannot code it, and for a `tgap` that no codec
+    needs.
     """
     learns = must_learn(given.codec)
     if tgap != PUBLIC_TGAP and not learns:
@@ -55,7 +57,9 @@ def shared_plan(
     check_codec(given.codec, tgap, sent)
     check_refit(given.codec, tgap, given.rounds)
     version = learns and tgap.refit == "broadcast"
-    forecast = partial(coded, config, given, sent, version=version, download=download)
+    forecast = partial(
+        coded, config, given, sent, version=version, download=download, measured=measured
+    )
     return Plan(
         sent,
         forecast,
@@ -87,11 +91,12 @@ def coded(
     frame_only: bool = False,
     version: bool = False,
     download: Download | None = None,
+    measured: Layout | None = None,
 ) -> Forecast:
     """Return the forecast of a method that sends `sent` by the codec and receives the adapter.
 
     `frame_only` says that a site sends a frame and no values, `version` that each message has the
-    version of the codec, and `download` is that of `shared_plan`.
+    version of the codec, and `download` and `measured` are those of `shared_plan`.
     """
     traffic = partial(
         shared_traffic,
@@ -114,12 +119,13 @@ def coded(
         ("down, whole run", f"{down * cohort * downloads:,} B to all sites, {UNCOUNTED}"),
         *memory_rows(given, sent),
     ]
+    model = None if measured is None else Measured.of(measured)
     if given.line is None:
-        return Forecast(frame, down, traffic, rows)
+        return Forecast(frame, down, traffic, rows, measured=model)
 
     seconds = round_s(down, frame, sites=cohort, line=given.line)
     rows.append(line_row(seconds))
-    return Forecast(frame, down, traffic, rows, seconds)
+    return Forecast(frame, down, traffic, rows, seconds, model)
 
 
 def uncoded(
@@ -128,19 +134,23 @@ def uncoded(
     traffic: Callable[[int], Traffic],
     sent: Layout,
     absent: str,
+    measured: Measured | None = None,
 ) -> Forecast:
-    """Return the forecast of a method without the configuration's codec; `absent` says why."""
+    """Return the forecast of a method without the configuration's codec; `absent` says why.
+
+    `measured` is the model in a held-out measure.
+    """
     down = frame_size(IdentitySettings(), given.layout)
     rows = [*absent_rows(absent), ("down, whole run", absent), *memory_rows(given, sent)]
     usual = traffic(given.rounds)
     if given.line is None or usual.down.unknown or usual.up.unknown:
-        return Forecast(0, down, traffic, rows)
+        return Forecast(0, down, traffic, rows, measured=measured)
 
     seconds = round_s(
         usual.down.most, usual.up.most, sites=config.cohort(given.sites), line=given.line
     )
     rows.append(line_row(seconds))
-    return Forecast(0, down, traffic, rows, seconds)
+    return Forecast(0, down, traffic, rows, seconds, measured)
 
 
 def line_row(seconds: float) -> CheckRow:

@@ -1,7 +1,7 @@
 """Predicted bytes of a site's messages in a round, with everything around their frames."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 
 from fluvial.codecs import CODECS, CodecSettings
 from fluvial.codecs.auto import AutoSettings
@@ -10,6 +10,7 @@ from fluvial.codecs.quantise import IdentitySettings
 from fluvial.exchange import reports_error
 from fluvial.exchange.gathering import START
 from fluvial.models.adapters import is_side
+from fluvial.training.answer_scores import AnswerSums
 from fluvial.wire.payload import Payload, Value, frame_payload
 from fluvial.wire.tensors import Layout
 
@@ -18,6 +19,8 @@ SHORT_LOSS = 1.5
 LONG_LOSS = 1.23456e-05
 FULL_LOSS = 1.2345678901234567e-05
 """A loss of as many digits as a float can have."""
+MOST_TOKENS = 10**9
+"""Label tokens, and millionths of scores, of a site up to which a prediction holds."""
 PREDICTED_SAMPLES = 10**7
 """Sequences of a site up to which a prediction holds."""
 DIGEST = "0" * 32
@@ -103,6 +106,42 @@ def answer(*, error: bool = False, loss: float = LONG_LOSS, **values: Value) -> 
         short["e"] = 0.5
         long["e"] = LONG_LOSS
     return envelope({**values, **short}, {**values, **long})
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The model in one held-out measure, as the server sends it to each site."""
+
+    model: Bytes | None
+    """Bytes of its frame; None where the site has the model."""
+    values: Mapping[str, Value] = field(default_factory=dict)
+    """Further values of the message."""
+
+    @classmethod
+    def of(cls, layout: Layout, values: Mapping[str, Value] | None = None) -> "Measured":
+        """Return a model of `layout` that is sent exactly."""
+        return cls(exactly(frame_size(IdentitySettings(), layout)), values or {})
+
+    def bytes(self, models: int, new_tokens: int) -> Bytes:
+        """Return the bytes of all held-out measures of one site, in both directions.
+
+        The base is measured once, the run's model `models` times; answers of `new_tokens` are
+        written where the records have some.
+        """
+        asked: dict[str, Value] = {"generate": new_tokens}
+        base = envelope({**asked, "which": "base"}, frame=False)
+        if self.model is None:
+            sent = envelope({**asked, "which": "own"}, frame=False)
+        else:
+            named = {**asked, **self.values}
+            sent = self.model + envelope({**named, "which": "sent"}, {**named, "which": "shared"})
+
+        counts = asdict(AnswerSums()) if new_tokens else {}
+        short: dict[str, Value] = {"loss_sum": SHORT_LOSS, "hits": 0, "tokens": 1}
+        long: dict[str, Value] = {"loss_sum": FULL_LOSS, "hits": MOST_TOKENS, "tokens": MOST_TOKENS}
+        long |= dict.fromkeys(counts, MOST_TOKENS)
+        reply = envelope(short, long, frame=False)
+        return sum([sent + reply] * models, start=base + reply)
 
 
 def shared_up(settings: CodecSettings, sent: Layout, *, frame_only: bool = False) -> Bytes:

@@ -112,6 +112,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         *_traffic_rows(forecast.traffic, config.rounds),
     ]
     promise = config.promise
+    rows.append(("held-out measures, one site, whole run", _measured_words(config, forecast)))
     if promise is not None:
         rows.append(("privacy", privacy_words(promise.report(config.rounds, config.rounds))))
 
@@ -157,6 +158,17 @@ def _traffic_rows(traffic: Callable[[int], Traffic], rounds: int) -> list[tuple[
         rows.append((f"{way}, one site in a round, with headers", words))
 
     return rows
+
+
+def _measured_words(config: RunConfig, forecast: Forecast) -> str:
+    """Return the bytes of held-out measures in both directions, which are counted apart."""
+    if config.promise is not None and not config.promise.measures:
+        return "none"
+    if forecast.measured is None:
+        return f"not predicted: method {config.method.name!r} sends them in its own way"
+    every = config.evaluate.every
+    models = 1 + (config.rounds // every if every else 0)
+    return f"{forecast.measured.bytes(models, config.evaluate.max_new_tokens).words}, both ways"
 
 
 def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
     check_aggregation(config.aggregation, given, broadcast=config.tgap.refit == "broadcast")
     exact = config.privacy is not None and config.privacy.heldout == "exact"
 
+    download = side_download(config.aggregation, given)
     forecast = partial(
         coded,
         config,
@@ -230,7 +231,8 @@ def plan(config: CgFedLlmConfig, given: Given) -> Plan:
         given.layout,
         frame_only=config.privacy is not None and config.privacy.at_site,
         version=must_learn(given.codec) and config.tgap.refit == "broadcast",
-        download=side_download(config.aggregation, given),
+        download=download,
+        measured=given.layout if download is None else None,
     )
     return Plan(
         given.layout,

@@ -47,6 +47,7 @@ from fluvial.methods.interface import (
 )
 from fluvial.methods.planning import OWN_CODE, uncoded
 from fluvial.methods.shared import SharedModelServer
+from fluvial.methods.traffic import Measured
 from fluvial.models.states import initial_state
 from fluvial.wire.payload import Payload, Value, frame_payload, payload_frame
 from fluvial.wire.tensors import Named, WeightedMean
@@ -314,7 +315,8 @@ def plan(config: EcoLoraConfig, given: Given) -> Plan:
     """Refuse more segments than there are values."""
     check_segments(config, given.layout)
     traffic = partial(predict, config, given)
-    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE)
+    measured = Measured.of(given.layout)
+    forecast = partial(uncoded, config, given, traffic, given.layout, OWN_CODE, measured)
     cohort = config.cohort(given.sites)
     idle = {
         **config.idle(cohort),
