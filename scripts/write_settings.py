@@ -13,11 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fluvial.flower.server_operator import ServerFile
-from fluvial.runs.comparison.sweep import SweepConfig
-from fluvial.runs.config import RunConfig
 from fluvial.settings import Settings
-from fluvial.site_process.site_file import SiteFile
+
+Settings.model_config["use_attribute_docstrings"] = True  # before a class of settings is made
+
+from fluvial.flower.server_operator import ServerFile  # noqa: E402
+from fluvial.runs.comparison.sweep import SweepConfig  # noqa: E402
+from fluvial.runs.config import RunConfig  # noqa: E402
+from fluvial.site_process.site_file import SiteFile  # noqa: E402
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 HEAD = """# Every setting

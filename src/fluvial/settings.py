@@ -1,6 +1,7 @@
 """Base class of all tables of settings: read-only, strict, without unknown keys.
 
-The docstrings of the fields describe the settings in docs/settings.md.
+The docstrings of the fields describe the settings in docs/settings.md; scripts/write_settings.py
+alone has them read, since pydantic would parse every module for them at each start.
 
 A value is honoured or refused. Nothing is converted ("2" and 2.0 are no integer, 1 is not true),
 numbers are finite, strings are not empty, and a list holds each string once.
@@ -64,7 +65,6 @@ class Settings(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
-        use_attribute_docstrings=True,
     )
 
     moved: ClassVar[Mapping[str, str]] = {}

@@ -4,16 +4,19 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import typer
 from rich.console import Console, RenderableType
+from rich.status import Status
 from typer.core import TyperArgument
 
 from fluvial.formatting import safe_text
+from fluvial.storage.recipes import table_of
 from fluvial.storage.run_files import JsonObject
 
 if TYPE_CHECKING:
@@ -76,6 +79,15 @@ class LogFormat(logging.Formatter):
         return super().format(record)
 
 
+@contextmanager
+def working(text: str) -> Iterator[Status]:
+    """Show a spinner with `text` on standard error, and where that is no terminal, a line."""
+    if not err.is_terminal:
+        err.print(f"{text} ...", style="dim", markup=False)
+    with err.status(text) as status:
+        yield status
+
+
 def load_config(
     path: Path, overrides: list[str] | None, *, as_written: bool = False
 ) -> "RunConfig":
@@ -83,7 +95,8 @@ def load_config(
 
     With `as_written`, paths stay as they are in the file.
     """
-    with err.status("reading the configuration"):
+    table_of(path, as_written=as_written)  # a file that cannot be read needs no library
+    with working("reading the configuration"):
         from fluvial.runs.config import load
 
         return load(path, overrides or [], as_written=as_written)

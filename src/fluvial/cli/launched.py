@@ -9,10 +9,15 @@ import typer
 from fluvial.cli.console import err
 
 
+def shared() -> bool:
+    """Return True where torchrun has started several processes of this command."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def in_first_process() -> Iterator[None]:
     """Run the body in the first process; the others take part in its trainings and end with it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not shared():
         yield
         return
 

@@ -2,16 +2,26 @@
 
 from fluvial.cli.console import ConfigPath, Format, Overrides, load_config, print_content
 from fluvial.cli.progress import spinner
+from fluvial.runs.planned import check_planned
+from fluvial.storage.paths import value_at
+from fluvial.storage.recipes import table_of
 
 
 def plan(config: ConfigPath, overrides: Overrides = None, format: Format = "table") -> None:
-    """Show each site's ranks, batch, format, memory, bytes and time of a round, and which method
-    and codec suit the sites.
+    """Show each site's plan under method `fedpipe`, or the choice within a table `budget`.
 
-    The sites measure themselves and probe the weights in this process; no round is run. With a
-    table `budget`, show the adapter, steps and codecs that a run would choose, and the trials.
+    A plan has ranks, batch, format, memory, bytes and time of a round, and the page says which
+    method and codec suit the sites, which measure themselves in this process. The choice has
+    adapter, steps and codecs, with the trials. No round is run. A configuration with neither
+    method `fedpipe` nor a table `budget` is refused.
     """
+    if not overrides:  # so that a refusal needs no library
+        table = table_of(config)
+        name = value_at(table, ("method", "name"))
+        if isinstance(name, str):
+            check_planned(name, budget="budget" in table)
     settings = load_config(config, overrides)
+    check_planned(settings.method.name, budget=settings.budget is not None)
     if settings.budget is not None:
         with spinner("trying adapters and codecs on public text"):
             from fluvial.report.budget_tables import budget_table

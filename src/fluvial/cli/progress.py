@@ -1,6 +1,6 @@
 """Progress on standard error: a bar for a run, a spinner for other work, both fed by log messages.
 
-Where standard error is no terminal, a line is printed every ten seconds instead.
+Where standard error is no terminal, a line is printed at the beginning and every ten seconds.
 """
 
 import logging
@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from rich.status import Status
 
-from fluvial.cli.console import err
+from fluvial.cli.console import err, working
 from fluvial.runs.remaining import Pace, Remaining
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class StatusText(logging.Handler):
 @contextmanager
 def spinner(first: str) -> Iterator[None]:
     """Show a spinner with the newest message of the library, beginning with `first`."""
-    with err.status(first) as status, library_messages(StatusText(status)):
+    with working(first) as status, library_messages(StatusText(status)):
         yield
 
 

@@ -19,10 +19,10 @@ from fluvial.cli.console import (
     print_json,
     program_name,
 )
-from fluvial.cli.launched import in_first_process
+from fluvial.cli.launched import in_first_process, shared
 from fluvial.cli.progress import run_progress
 from fluvial.storage.recipes import stem
-from fluvial.storage.run_files import CONFIG
+from fluvial.storage.run_files import CONFIG, check_free, in_use
 
 
 def run(
@@ -41,6 +41,8 @@ def run(
     """Run a configuration: baselines, rounds, held-out measures and the final weights."""
     path = folder or Path("runs") / stem(config)
     interrupt.set_advice(partial(_resume_advice, path))
+    if not shared() and not in_use(path):
+        check_free(path, resume=resume)
     settings = load_config(config, overrides)
 
     with in_first_process(), run_progress(settings, quiet=format == "json") as progress:

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from fluvial.cli.console import CLICK_SUGGESTS, Insecure, ServerFolder, SiteFolder, print_line
+from fluvial.cli.console import (
+    CLICK_SUGGESTS,
+    Insecure,
+    ServerFolder,
+    SiteFolder,
+    print_line,
+    working,
+)
 from fluvial.cli.launched import in_first_process
 
 app = typer.Typer(
@@ -43,7 +50,9 @@ def register(
     """Let a site join; run by the server's operator."""
     from fluvial.flower import server_operator
 
-    print_line(server_operator.register(server, public_key).strip())
+    with working("registering the site"):
+        answer = server_operator.register(server, public_key)
+    print_line(answer.strip())
 
 
 @app.command()

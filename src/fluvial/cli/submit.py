@@ -16,6 +16,7 @@ from fluvial.cli.console import (
     print_content,
     print_line,
     program_name,
+    working,
 )
 from fluvial.storage.recipes import stem
 
@@ -34,11 +35,13 @@ def submit(
     overrides: Overrides = None,
 ) -> None:
     """Start a configuration on a server; its registered sites train."""
-    settings = load_config(config, overrides, as_written=True)
     from fluvial.flower import server_operator
 
     path = folder or server / "runs" / stem(config)
-    number = server_operator.submit(settings, server, out=path, resume=resume)
+    server_operator.check_submission(server, out=path, resume=resume)
+    settings = load_config(config, overrides, as_written=True)
+    with working("giving the run to the server"):
+        number = server_operator.submit(settings, server, out=path, resume=resume)
     print_line(f"run {number} in {path}")
     print_line(f"follow it:  {shlex.join(program_name())} logs {server} {number}")
 
@@ -48,7 +51,9 @@ def status(server: ServerFolder, format: Format = "table") -> None:
     from fluvial.flower import server_operator
     from fluvial.report.status_tables import status_tables
 
-    print_content(server_operator.status(server), format, status_tables)
+    with working("asking the server"):
+        content = server_operator.status(server)
+    print_content(content, format, status_tables)
 
 
 def logs(
@@ -66,7 +71,9 @@ def stop(server: ServerFolder, run: RunNumber = None) -> None:
     """Stop a run; `submit --resume` continues it."""
     from fluvial.flower import server_operator
 
-    print_line(server_operator.stop(server, _number(server, run)).strip())
+    with working("stopping the run"):
+        answer = server_operator.stop(server, _number(server, run))
+    print_line(answer.strip())
 
 
 def _number(server: Path, run: int | None) -> int:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import Field
 
@@ -16,12 +17,14 @@ from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, channel_keys, names
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.flower.stream.place import Place
-from fluvial.runs.config import RunConfig
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
 from fluvial.storage.files import make_folder
 from fluvial.storage.run_files import CONFIG, JsonObject
 from fluvial.wire.channel import PublicIdentity
+
+if TYPE_CHECKING:
+    from fluvial.runs.config import RunConfig
 
 WARN_DAYS = 30
 """Days before the end of a certificate from which the server warns when it starts."""
@@ -221,11 +224,9 @@ def register(folder: Path, public_key: Path) -> str:
     return f"site {name} may join (node {number})"
 
 
-def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) -> int:
-    """Start a run on the server of `folder` and return Flower's number of the run.
-
-    Raises `ConfigError` if `out` holds a run and `resume` is False, or if the server refuses it.
-    """
+def check_submission(folder: Path, *, out: Path, resume: bool) -> None:
+    """Raise `ConfigError` if `folder` is no server's, or if `out` holds a run and `resume` is
+    False."""
     read_server_file(folder)
     if (out / CONFIG).exists() and not resume:
         raise ConfigError(
@@ -233,6 +234,13 @@ def submit(config: RunConfig, folder: Path, *, out: Path, resume: bool = False) 
             "--out"
         )
 
+
+def submit(config: "RunConfig", folder: Path, *, out: Path, resume: bool = False) -> int:
+    """Start a run on the server of `folder` and return Flower's number of the run.
+
+    Raises `ConfigError` if `out` holds a run and `resume` is False, or if the server refuses it.
+    """
+    check_submission(folder, out=out, resume=resume)
     app = folder / "app"
     app.mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(_APP)

@@ -4,11 +4,11 @@ import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import NormalDist
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
-from scipy import stats
 
 from fluvial.formatting import (
     figure,
@@ -115,7 +115,7 @@ def interval_words(share: float | None, questions: float) -> str:
     """
     if share is None or not questions:
         return "-"
-    z = float(stats.norm.ppf(0.975))
+    z = NormalDist().inv_cdf(0.975)
     centre = share + z * z / (2 * questions)
     half = z * math.sqrt(share * (1 - share) / questions + z * z / (4 * questions**2))
     low, high = ((end / (1 + z * z / questions)) for end in (centre - half, centre + half))

@@ -9,7 +9,7 @@ from fluvial.runs.budget.settled import BUDGET, Open, opened, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.storage import paths
-from fluvial.storage.run_files import CONFIG, DESCRIPTION, WRITTEN, anew
+from fluvial.storage.run_files import CONFIG, DESCRIPTION, anew, check_free
 
 
 def begun(
@@ -37,24 +37,9 @@ def begun(
 
 
 def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None:
+    check_free(folder.path, resume=resume)
     if not folder.started:
-        if resume:
-            raise CheckpointError(
-                f"{folder.path} holds no run to resume; start it without {caller.resume()}"
-            )
-        others = [name for name in WRITTEN if (folder.path / name).exists()]
-        if others:
-            raise CheckpointError(
-                f"{folder.path} holds no run, but {', '.join(others)}, which a run would replace; "
-                f"move it, or {caller.another_folder()}"
-            )
         return
-
-    if not resume:
-        raise CheckpointError(
-            f"{folder.path} already holds a run; use {caller.resume()} to go on with it, "
-            f"{caller.argument('out')} for another folder, or remove it"
-        )
 
     stored = folder.read_json(CONFIG)
     if stored is None:

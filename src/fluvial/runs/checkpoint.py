@@ -46,11 +46,13 @@ from fluvial.storage.run_files import (
     DIGESTS,
     ENSEMBLE,
     EXPORTS,
+    LOCK,
     METRICS,
     RESULT,
     SETUP,
     SITES,
     anew,
+    begun,
     check_written,
     read_file,
     read_metrics,
@@ -76,7 +78,7 @@ def copy_finished(source: Path | None, folder: Path) -> None:
         return
     draft = folder.with_name(f".{folder.name}.copy")
     shutil.rmtree(draft, ignore_errors=True)
-    shutil.copytree(source, draft, ignore=shutil.ignore_patterns(".lock"))
+    shutil.copytree(source, draft, ignore=shutil.ignore_patterns(LOCK))
     draft.replace(folder)
 
 
@@ -94,8 +96,8 @@ class RunFolder:
         try:
             self._made = not self.path.exists()
             make_folder(self.path)
-            self._lock = (self.path / ".lock").open("a")
-            (self.path / ".lock").chmod(0o600)
+            self._lock = (self.path / LOCK).open("a")
+            (self.path / LOCK).chmod(0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_ours():
                 sweep(self.path)
@@ -115,7 +117,7 @@ class RunFolder:
     def __exit__(self, *_: object) -> None:
         """Release the lock; a folder that was made here and into which nothing was written goes
         again."""
-        lock = self.path / ".lock"
+        lock = self.path / LOCK
         if self._made and list(self.path.iterdir()) == [lock]:
             lock.unlink()
             self.path.rmdir()
@@ -133,8 +135,7 @@ class RunFolder:
     @property
     def started(self) -> bool:
         """Return True where a run was begun here."""
-        parts = (CONFIG, RESULT, CHECKPOINTS)
-        return any((self.path / name).exists() for name in parts)
+        return begun(self.path)
 
     def write_json(self, name: str, content: Any) -> None:
         """Replace `name` by readable JSON."""

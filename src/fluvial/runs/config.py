@@ -28,7 +28,8 @@ from fluvial.runs.budget.fit import budget_conflicts
 from fluvial.runs.trackers import Tracker
 from fluvial.runs.without_effect import useless
 from fluvial.settings import Settings
-from fluvial.storage import paths, recipes, toml
+from fluvial.storage import paths, toml
+from fluvial.storage.recipes import table_of
 from fluvial.training.config import TrainConfig
 
 
@@ -322,17 +323,6 @@ def load(
 
     where = f"{path} with {caller.overrides()}" if overrides else str(path)
     return with_chat_template(parse(table, where, kind=kind))
-
-
-def table_of(path: Path, *, as_written: bool = False) -> dict[str, Any]:
-    """Return the table of a configuration's file or recipe, its relative paths whole unless
-    `as_written`; raises `ConfigError`."""
-    recipe = recipes.recipe_of(path)
-    file = path if recipe is None else recipes.recipe_path(recipe)
-    table = toml.load(file, f"there is no configuration file {str(path)!r}")
-    if as_written:
-        return table
-    return paths.beside(table, path) if recipe is None else paths.here(table)
 
 
 def with_chat_template(config: RunConfig) -> RunConfig:

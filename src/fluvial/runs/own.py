@@ -6,7 +6,7 @@ from functools import reduce
 from operator import or_
 from typing import Annotated, Any, get_args, get_type_hints
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic import Field, TypeAdapter, ValidationError, create_model
 
 from fluvial.codecs import CODECS, CodecConfig
 from fluvial.codecs.base import OWN_CODES, Codec, CodecSettings
@@ -20,16 +20,6 @@ _OWN_METHODS: set[str] = set()
 """Names of methods that callers entered; they may be entered again, as in a notebook's cell."""
 _OWN_CODECS: set[str] = set()
 """Names of codecs that callers entered."""
-
-
-class _WithOwn(RunConfig):
-    """A configuration whose further types are given by name, without docstrings in the source.
-
-    pydantic would parse the source of this module for them; while a site's thread formats a
-    traceback, Python 3.11 fails in that with a SystemError.
-    """
-
-    model_config = ConfigDict(use_attribute_docstrings=False)
 
 
 def wrong_argument(name: str, value: object, expected: str) -> ConfigError:
@@ -76,7 +66,7 @@ def with_own(methods: object, codecs: object) -> type[RunConfig]:
         "downlink": (codec_tables | None, None),
     }
 
-    made: type[RunConfig] = create_model("RunConfig", __base__=_WithOwn, **fields)
+    made: type[RunConfig] = create_model("RunConfig", __base__=RunConfig, **fields)
     return made
 
 

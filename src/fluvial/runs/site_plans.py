@@ -9,11 +9,9 @@ from typing import Any
 import torch
 
 from fluvial.data import SiteTexts
-from fluvial.errors import ConfigError
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.in_process import local_fleet
 from fluvial.federation.store import StateStore
-from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.fedpipe.planner.advice import RATES, Uncoded, advised_codec, advised_method
 from fluvial.methods.fedpipe.planner.deadline import default_deadline_s, uniform_under_training
 from fluvial.methods.fedpipe.planner.decision import Models, Planner
@@ -28,6 +26,7 @@ from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import check_settings, given, site_of, tasks_of, texts_of
 from fluvial.runs.other_methods import alternatives
+from fluvial.runs.planned import check_planned
 from fluvial.runs.run import Run
 from fluvial.storage.files import private
 
@@ -39,11 +38,7 @@ def site_plans(config: RunConfig) -> dict[str, Any]:
     is run, and what was written is removed. A site without a plan is named with the reason. Raises
     `ConfigError` for a method that makes no plans, and for what a run would refuse.
     """
-    if not isinstance(config.method, FedPipeConfig):
-        raise ConfigError(
-            f"method.name={config.method.name!r}: plans are made under method 'fedpipe', whose "
-            "method.budgets say what each site may use"
-        )
+    check_planned(config.method.name, budget=False)
 
     alone = config.fleet.model_copy(
         update={"workers": 1, "on_failure": "skip", "quorum": LEAST_QUORUM}

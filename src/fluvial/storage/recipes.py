@@ -1,8 +1,10 @@
 """Recipes: configurations that come with the package, named `recipe:NAME` where a file is asked."""
 
 from pathlib import Path
+from typing import Any
 
 from fluvial.errors import ConfigError
+from fluvial.storage import paths, toml
 
 PREFIX = "recipe:"
 """Beginning of the name of a recipe where a configuration file may stand too."""
@@ -46,3 +48,14 @@ def recipe_of(path: Path) -> str | None:
 def stem(path: Path) -> str:
     """Return the name of a configuration without folder and suffix, for what is named after it."""
     return recipe_of(path) or path.stem
+
+
+def table_of(path: Path, *, as_written: bool = False) -> dict[str, Any]:
+    """Return the table of a configuration's file or recipe, its relative paths whole unless
+    `as_written`; raises `ConfigError`."""
+    recipe = recipe_of(path)
+    file = path if recipe is None else recipe_path(recipe)
+    table = toml.load(file, f"there is no configuration file {str(path)!r}")
+    if as_written:
+        return table
+    return paths.beside(table, path) if recipe is None else paths.here(table)

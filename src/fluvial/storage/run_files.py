@@ -1,5 +1,6 @@
 """Names of the files in a run's folder, and their reading as plain JSON values, without torch."""
 
+import fcntl
 import json
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ EXPORTS = ("adapter", "model")
 """Folders of the final weights, as PEFT or transformers writes them."""
 WRITTEN = (METRICS, REFUSED, SETUP, PAGE, DIGESTS, SITES, ENSEMBLE, COMPARE, *EXPORTS)
 """Names that a run replaces in its folder, once its configuration is written."""
+LOCK = ".lock"
+"""Name of the file that the process of a run locks."""
 DESCRIPTION = "run"
 """Key of the configuration's file that holds the description of the run."""
 DESCRIBED = ("label", "pooled", "baseline", "sends_updates")
@@ -48,6 +51,46 @@ JsonObject = dict[str, Any]
 def anew() -> str:
     """Return the remedy for a damaged file of a run."""
     return f"restore it from a copy, or {caller.another_folder()}"
+
+
+def begun(folder: Path) -> bool:
+    """Return True where a run was begun in `folder`."""
+    return any((folder / name).exists() for name in (CONFIG, RESULT, CHECKPOINTS))
+
+
+def in_use(folder: Path) -> bool:
+    """Return True while a process holds the run in `folder`."""
+    try:
+        with (folder / LOCK).open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def check_free(folder: Path, *, resume: bool) -> None:
+    """Raise `CheckpointError` if `folder` holds a run and `resume` is False, if it holds none and
+    `resume` is True, or if a run would replace what others wrote there."""
+    if begun(folder):
+        if resume:
+            return
+        raise CheckpointError(
+            f"{folder} already holds a run; use {caller.resume()} to go on with it, "
+            f"{caller.argument('out')} for another folder, or remove it"
+        )
+
+    if resume:
+        raise CheckpointError(
+            f"{folder} holds no run to resume; start it without {caller.resume()}"
+        )
+    others = [name for name in WRITTEN if (folder / name).exists()]
+    if others:
+        raise CheckpointError(
+            f"{folder} holds no run, but {', '.join(others)}, which a run would replace; "
+            f"move it, or {caller.another_folder()}"
+        )
 
 
 def read_file(path: Path) -> JsonObject | None:

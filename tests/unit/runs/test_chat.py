@@ -166,7 +166,7 @@ def test_prompts_come_from_an_option_or_from_lines(run: Path, tiny_model: Path) 
 
     one = RUNNER.invoke(app, ["chat", str(tiny_model), "--prompt", TEXT, "--max-new-tokens", "4"])
     assert one.stdout.startswith("model\n")
-    assert one.stderr == "with its chat template\n"
+    assert one.stderr == "loading the models ...\nwith its chat template\n"
     assert found["base"] in one.stdout
 
 

@@ -100,5 +100,7 @@ def test_a_run_records_the_models_that_its_plans_were_made_with(
 
 
 def test_a_method_without_plans_is_refused(run_config: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="plans are made under method 'fedpipe'"):
+    with pytest.raises(
+        ConfigError, match="under method 'fedpipe', and under another method the choice of a table"
+    ):
         site_plans(parse(run_config, "test"))

@@ -22,10 +22,10 @@ from fluvial.runs.config import (
     merge,
     override,
     parse,
-    table_of,
     with_chat_template,
 )
 from fluvial.storage import paths, recipes, toml
+from fluvial.storage.recipes import table_of
 
 SAME = ("data.", "model.", "evaluate.")
 """Tables of settings that contenders must have in common."""
