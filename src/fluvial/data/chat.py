@@ -1,21 +1,17 @@
 """Conversations to tokens and labels, by a tokenizer's chat template."""
 
-import re
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
-from datetime import datetime
 
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.records import Chat, Message
+from fluvial.data.templates import dated
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 from fluvial.models.hf import PreTrainedTokenizerBase
 
-TODAY = datetime(2024, 7, 26)
-"""Date in every chat template, so that tokens do not depend on the day of the run."""
 _MARK = "content-of-a-turn-"
 """A placeholder for the content of a turn, which a template may compare, cut or leave out."""
-_TODAY = re.compile(r"strftime_now\(\s*([\"'])(.*?)\1\s*\)")
 
 
 def encode_chat(
@@ -195,11 +191,8 @@ def _render(
     add_generation_prompt: bool = False,
 ) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages),
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **_dated(tokenizer.chat_template),
+        text: str = dated(tokenizer).apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program: it may raise whatever a program raises
         said = safe_line(str(error).strip().partition("\n")[0])[:120]
@@ -209,10 +202,3 @@ def _render(
         ) from error
 
     return text
-
-
-def _dated(template: object) -> dict[str, str]:
-    """Return a template that writes `TODAY` where this one writes today's date."""
-    if not isinstance(template, str) or "strftime_now" not in template:
-        return {}
-    return {"chat_template": _TODAY.sub(lambda call: repr(TODAY.strftime(call[2])), template)}

@@ -2,10 +2,12 @@
 
 import codecs
 import re
+import sys
 from pathlib import Path
 
 from fluvial.data.faults import DataError
 from fluvial.formatting import safe_line
+from fluvial.storage.files import is_endless
 
 UTF8 = "utf-8"
 SPREADSHEET = "save it as CSV (UTF-8) in the program that made it"
@@ -30,13 +32,14 @@ FORMATS: tuple[tuple[bytes, str, str], ...] = (
     ),
 )
 """First bytes of files that hold no text, their names, and the remedy."""
-BOMS: tuple[tuple[bytes, str], ...] = (
-    (codecs.BOM_UTF8, UTF8),
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
+BOMS: tuple[tuple[bytes, tuple[str, ...]], ...] = (
+    (codecs.BOM_UTF8, (UTF8, "utf-8-sig")),
+    (codecs.BOM_UTF32_LE, ("utf-32", "utf-32-le")),
+    (codecs.BOM_UTF32_BE, ("utf-32", "utf-32-be")),
+    (codecs.BOM_UTF16_LE, ("utf-16", "utf-16-le")),
+    (codecs.BOM_UTF16_BE, ("utf-16", "utf-16-be")),
 )
+"""Byte order marks, and the encodings of a file that begins with one, that to propose first."""
 DOUBLE_BYTE = ("gb18030", "shift_jis", "euc_kr", "big5")
 SINGLE_BYTE = ("cp1252", "latin-1")
 SAMPLE = 2**20
@@ -67,6 +70,14 @@ def known_encoding(name: str) -> bool:
 def read_bytes(path: Path) -> bytes:
     """Return the bytes of a file; raise `DataError` if it cannot be read or is empty."""
     name = safe_line(str(path))
+    if is_endless(path):
+        raise DataError(
+            [
+                f"{name}: is no regular file but a pipe, a device or a socket; copy its content "
+                "into a file, and name that"
+            ]
+        )
+
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -91,14 +102,20 @@ def read_text(path: Path, encoding: str) -> str:
         if data.startswith(start):
             raise DataError([f"{name}: is {what}, not text: {remedy}"])
 
-    mark = next((found for start, found in BOMS if data.startswith(start)), None)
+    mark = next((fitting for start, fitting in BOMS if data.startswith(start)), None)
     codec = codecs.lookup(encoding).name
-    if mark is not None and not codec.startswith(mark):
+    if mark is not None and codec not in mark:
         raise DataError(
             [
-                f"{name}: begins with the mark of {mark}, not {encoding}; set "
-                f'data.encoding = "{mark}"'
+                f"{name}: begins with the mark of {mark[-1].removesuffix('-sig')}, not "
+                f'{encoding}; set data.encoding = "{mark[0]}"'
             ]
+        )
+
+    order = _wide(data) if mark is None and codec.startswith("utf-16") else None
+    if order is not None and order != {"utf-16": f"utf-16-{sys.byteorder[0]}e"}.get(codec, codec):
+        raise DataError(
+            [f'{name}: its bytes have the order of {order}; set data.encoding = "{order}"']
         )
 
     text = _decoded(data, codec, encoding, name).removeprefix("\ufeff")
@@ -185,11 +202,16 @@ def _fits(data: bytes, encoding: str) -> bool:
 
 
 def _wide(data: bytes) -> str | None:
-    """Return the form of UTF-16 if every second byte is NUL."""
+    """Return the form of UTF-32 or UTF-16 if one half of each character, or every second byte, is
+    NUL."""
     sample = data[:SAMPLE]
-    even = sample[::2].count(0)
-    odd = sample[1::2].count(0)
+    first, second, third, fourth = (sample[start::4].count(0) for start in range(4))
+    most = len(sample) * 0.45
+    if third + fourth > most or first + second > most:
+        return "utf-32-le" if third + fourth > most else "utf-32-be"
 
+    even = first + third
+    odd = second + fourth
     if max(even, odd) < len(sample) / 8:
         return None
     return "utf-16-le" if odd > even else "utf-16-be"

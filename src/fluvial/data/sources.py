@@ -8,6 +8,7 @@ from typing import Any
 
 from fluvial.data.config import ReadingSettings
 from fluvial.data.faults import DataError, Faults, shown
+from fluvial.data.folder import KNOWN, UNREADABLE, files_within
 from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
 from fluvial.data.partition import Drawn, Iid
@@ -18,24 +19,7 @@ from fluvial.data.rows import Number, Place, Row, Table, columns_of, described, 
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 
-KNOWN = ", ".join(READERS)
 DELIMITED = (".csv", ".tsv")
-UNREADABLE = {
-    ".xlsx",
-    ".xls",
-    ".ods",
-    ".gz",
-    ".zip",
-    ".bz2",
-    ".xz",
-    ".zst",
-    ".7z",
-    ".arrow",
-    ".feather",
-    ".db",
-}
-"""Suffixes of data that is not read; a folder with such a file is refused, so that no record is
-lost unnoticed."""
 DICT = "dataset_dict.json"
 """Name of the file that makes a saved folder one with splits."""
 SAVED = ("dataset_info.json", DICT)
@@ -176,23 +160,8 @@ def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
     path = Path(source.name).expanduser()
     if not path.exists():
         raise ConfigError(f"{source.where}: there is no file or folder {source.name!r}")
-    if path.is_dir():
-        within = sorted(
-            file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
-        )
-        strange = [file.name for file in within if file.suffix.lower() in UNREADABLE]
-        if strange:
-            raise ConfigError(
-                f"{source.where}: folder {source.name!r} holds {shown(strange[0])}, which cannot "
-                "be read; write it as CSV or JSON lines, or move it away"
-            )
-
-        files = [file for file in within if file.suffix.lower() in READERS]
-        if not files:
-            raise ConfigError(f"{source.where}: folder {source.name!r} holds no {KNOWN} file")
-    else:
-        files = [path]
-
+    where = f"{source.where}: folder {source.name!r}"
+    files = files_within(path, where) if path.is_dir() else [path]
     kinds = {file.suffix.lower() for file in files}
     if (one_kind and len(kinds) != 1) or not kinds <= set(READERS):
         hint = "; unpack it, or save it as CSV" if kinds & UNREADABLE else ""

@@ -5,11 +5,16 @@ tokenizer's EOS token, so that a model learns to stop where its generation stops
 """
 
 import copy
+import json
+import re
+from datetime import datetime
+from functools import cache
 from pathlib import Path
 
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
+from fluvial.storage.files import refuse_endless
 
 _EOS = "{% if m.role == 'assistant' and not '@'.endswith(eos_token) %}{{ eos_token }}{% endif %}"
 """EOS after an assistant's turn whose own mark `@` is not EOS."""
@@ -95,6 +100,8 @@ NAMED: dict[str, tuple[str, str]] = {
     ),
 }
 """Source and Jinja text of each named template."""
+TODAY = datetime(2024, 7, 26)
+"""Date in every chat template, so that tokens do not depend on the day of the run."""
 
 
 def template_of(chosen: str) -> str:
@@ -124,6 +131,7 @@ def inlined_template(chosen: str, folder: Path) -> str:
         return chosen
 
     path = folder / Path(chosen).expanduser()
+    refuse_endless(path)
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -146,3 +154,42 @@ def with_template(
     changed = copy.copy(tokenizer)
     changed.chat_template = template_of(chosen)
     return changed
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a chat template of the tokenizer asks for today's date."""
+    return "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+
+
+def dated(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return `tokenizer`, or a copy of it whose chat templates write `TODAY`, not today's date.
+
+    transformers gives a template no function but its own. So ours is written in Jinja before the
+    template, and hides that one, however it is called.
+    """
+    if not writes_date(tokenizer):
+        return tokenizer
+
+    changed = copy.copy(tokenizer)
+    template: str | dict[str, str] = tokenizer.chat_template
+    changed.chat_template = (
+        {name: _strftime(text) + text for name, text in template.items()}
+        if isinstance(template, dict)
+        else _strftime(template) + template
+    )
+    return changed
+
+
+@cache
+def _strftime(template: str) -> str:
+    """Return a macro of Jinja that writes `TODAY` in a format of `strftime`.
+
+    It knows the directives that stand in `template`, except %s, which depends on the machine's time
+    zone; any other stays as it is written. The line break after it belongs to it, so that the
+    template's own text stays as it is.
+    """
+    directives = set(re.findall("%-?[a-zA-Z]", template)) - {"%s", "%-s"}
+    written = [(code, TODAY.strftime(code)) for code in sorted(directives)]
+    pairs = [("%%", "\0"), *written, ("\0", "%")]
+    steps = "".join(f"|replace({json.dumps(old)}, {json.dumps(new)})" for old, new in pairs)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{steps} }}}}{{% endmacro %}}\n"

@@ -16,7 +16,7 @@ from fluvial.data.partition import Iid, split
 from fluvial.data.records import Record, Text
 from fluvial.data.site_names import check_names, chosen
 from fluvial.data.site_records import SiteRecords
-from fluvial.data.templates import with_template
+from fluvial.data.templates import with_template, writes_date
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -228,8 +228,7 @@ class SiteTexts:
                 f"(data.overlong; the longest has {surplus.longest} tokens)"
             )
 
-        template = getattr(self.tokenizer, "chat_template", None)
-        if isinstance(template, str) and "strftime_now" in template and self._has_chats():
+        if writes_date(self.tokenizer) and self._has_chats():
             remarks.append(
                 "the chat template writes today's date; it is given 26 July 2024 on every day"
             )

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,25 @@ from fluvial.errors import CheckpointError, ConfigError
 
 DRAFTS = (".*.partial", ".*.draft")
 """Names of files and folders that are not finished yet."""
+
+
+def is_endless(path: Path) -> bool:
+    """Return true for a pipe, a device or a socket, which a read may wait on for ever; false for a
+    file, a folder, and where there is nothing that can be looked at."""
+    with suppress(OSError, ValueError):
+        mode = path.stat().st_mode
+        return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+    return False
+
+
+def refuse_endless(path: Path) -> None:
+    """Raise `ConfigError` for a pipe, a device or a socket in the place of a file of a person."""
+    if is_endless(path):
+        raise ConfigError(
+            f"{path}: is no regular file but a pipe, a device or a socket; copy its content into a "
+            "file, and name that"
+        )
 
 
 def make_folder(path: Path) -> None:
@@ -114,6 +134,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
     Raises `ConfigError` for a file that is damaged or holds something else.
     """
+    refuse_endless(path)
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

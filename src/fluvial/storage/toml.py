@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from fluvial.errors import ConfigError
 from fluvial.settings import Settings
+from fluvial.storage.files import refuse_endless
 from fluvial.storage.toml_expected import TAGS, show
 from fluvial.storage.toml_faults import Fault, explain
 
@@ -22,6 +23,7 @@ T = TypeVar("T", bound=Settings)
 def load(path: Path, missing: str) -> dict[str, Any]:
     """Return the table of a TOML file; raises `ConfigError`, with the line `missing` where there is
     no file."""
+    refuse_endless(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from fluvial.models.adapters import SavedLora
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
-from fluvial.storage.files import read_object
+from fluvial.storage.files import read_object, refuse_endless
 from fluvial.storage.run_files import CONFIG, EXPORTS, RESULT, check_weights_written
 from fluvial.wire.tensors import Named, is_finite
 
@@ -237,6 +237,7 @@ def _factors(folder: Path) -> Named:
             "safe_serialization=True"
         )
 
+    refuse_endless(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:

@@ -14,6 +14,7 @@ import tqdm.std
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
+from fluvial.data.templates import dated
 from fluvial.models.hf import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ class LoadedModel(HFLM):  # type: ignore[misc] # lm-eval has no types
         try:
             super().__init__(
                 pretrained=model,
-                tokenizer=tokenizer,
+                tokenizer=dated(tokenizer),
                 backend="causal",
                 batch_size=batch_size,
                 max_length=context,

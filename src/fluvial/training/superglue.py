@@ -52,7 +52,7 @@ def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
     record that is not of its task's form, without its text.
     """
     paths = {name: folder / name / SPLIT for name in READERS}
-    present = {name: path for name, path in paths.items() if path.is_file()}
+    present = {name: path for name, path in paths.items() if path.exists()}
     if not present:
         raise ConfigError(
             f"{str(folder)!r} has no task of SuperGLUE: expected TASK/{SPLIT} for one or more of "

@@ -1,8 +1,10 @@
 """Data of all sites: names as written, counts over all sites, settings of each source, chat
 templates."""
 
+import copy
 import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,13 @@ import pytest
 from pydantic import ValidationError
 
 from fluvial.data import IGNORE_INDEX, DataConfig, DataError, Question, SiteTexts, tokenize
+from fluvial.data.chat import chat_prompt
 from fluvial.data.templates import NAMED, with_template
 from fluvial.errors import ConfigError
 from fluvial.runs.config import load, parse
 from fluvial.runs.plan import plan, preview
+from fluvial.storage.files import read_object
+from fluvial.training.choices import read_choices
 from tests.support.tokenizer_kinds import byte_level, characters, prefix_space
 
 BY_SITE = {"by": "column", "column": "site"}
@@ -300,6 +305,84 @@ def test_a_folder_with_a_spreadsheet_is_refused(tmp_path: Path, tokenizer: Any) 
         texts(str(tmp_path), tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("b.jsonl", "dangling", "holds 'b.jsonl', a link that leads to no file"),
+        ("b.jsonl", "loop", "holds 'b.jsonl', a link that leads to no file"),
+        ("b.jsonl", "pipe", "holds 'b.jsonl', which is no regular file but a pipe"),
+        ("more", "folder", "holds the folder 'more' with 'c.jsonl', and a folder within it"),
+        ("b.jsonl.1", "file", "holds 'b.jsonl.1', whose name does not end in one of .jsonl"),
+        ("b.JSONL~", "file", "holds 'b.JSONL~', whose name does not end"),
+        ("b.tar", "file", "holds 'b.tar', which cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("partition", [{"by": "iid", "sites": 1}, {"by": "file"}])
+def test_what_a_folder_has_and_is_not_read_is_refused_by_name(
+    name: str, kind: str, message: str, partition: Any, tmp_path: Path, tokenizer: Any
+) -> None:
+    folder = tmp_path / "records"
+    folder.mkdir()
+    jsonl(folder / "a.jsonl", {"text": "x"}, times=4)
+    strange = folder / name
+    if kind in ("dangling", "loop"):
+        strange.symlink_to(strange if kind == "loop" else tmp_path / "gone")
+    elif kind == "pipe":
+        os.mkfifo(strange)
+    elif kind == "file":
+        jsonl(strange, {"text": "x"})
+    else:
+        (strange / "deeper").mkdir(parents=True)
+        jsonl(strange / "deeper" / "c.jsonl", {"text": "x"})
+
+    with pytest.raises(ConfigError, match=message):
+        texts(str(folder), tokenizer, partition=partition)
+
+
+def test_a_folder_may_hold_links_and_what_is_no_data(tmp_path: Path, tokenizer: Any) -> None:
+    folder = tmp_path / "records"
+    (folder / "empty").mkdir(parents=True)
+    jsonl(tmp_path / "elsewhere.jsonl", {"text": "x"}, times=4)
+    (folder / "a.jsonl").symlink_to(tmp_path / "elsewhere.jsonl")
+    for name in ("README.md", ".hidden.jsonl", "a.jsonl.sha256", "empty/notes.md"):
+        (folder / name).write_text("x")
+    made = texts(str(folder), tokenizer, partition={"by": "iid", "sites": 1})
+    assert made.load(made.names[0]).records == 4
+
+
+@pytest.mark.parametrize(
+    "setting", ["source", "heldout_source", "public_source", "chat_template", "by_site"]
+)
+def test_a_pipe_in_the_place_of_a_file_is_refused_at_once(
+    setting: str, tmp_path: Path, tiny_model: Path
+) -> None:
+    pipe = tmp_path / "p.jsonl"
+    os.mkfifo(pipe)
+    data: dict[str, Any] = {"source": jsonl(tmp_path / "a.jsonl", {"text": "x"}, times=4)}
+    data[setting] = str(pipe)
+    if setting == "by_site":
+        data = {"by_site": {"a": {"source": str(pipe)}}}
+    (tmp_path / "run.toml").write_text(
+        f'model.name_or_path = "{tiny_model}"\n'
+        + "".join(f"data.{key} = {_toml(value)}\n" for key, value in data.items())
+    )
+    with pytest.raises(ConfigError, match=r"p.jsonl: is no regular file but a pipe"):
+        plan(load(tmp_path / "run.toml"))
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(inner)}" for key, inner in value.items()) + "}"
+    return json.dumps(value)
+
+
+def test_a_configuration_or_questions_in_a_pipe_are_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.json")
+    for read in (load, read_choices, read_object):
+        with pytest.raises(ConfigError, match=r"p.json: is no regular file but a pipe"):
+            read(tmp_path / "p.json")
+
+
 # -- what is too long ----------------------------------------------------------------------------
 
 LONG = {"prompt": "x" * 70, "completion": "yes"}
@@ -545,8 +628,35 @@ def test_text_parts_are_joined_and_a_day_is_always_the_same() -> None:
     assert (
         chat(tokenizer, [{"role": "user", "content": parts}, *TURNS[1:]]) == WRITTEN_OUT["zephyr"]
     )
-    dated = with_template(byte_level(), "{{ strftime_now('%d %b %Y') }}" + NAMED["zephyr"][1])
-    assert chat(dated, TURNS)[0].startswith("26 Jul 2024<|user|>")
+
+
+@pytest.mark.parametrize(
+    ("call", "written"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{{ strftime_now(format='%d %b %Y') }}", "26 Jul 2024"),
+        ("{% set f = '%d %b %Y' %}{{ strftime_now(f) }}", "26 Jul 2024"),
+        ("{% set today = strftime_now %}{{ today('%-d.%-m.%y %H:%M:%S.%f') }}", "26.7.24 00:00:00"),
+        ("{% macro day() %}{{ strftime_now('%A, %B') }}{% endmacro %}{{ day() }}", "Friday, July"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%%d %j %') }}{% endif %}", "%d 208 %"),
+    ],
+)
+@pytest.mark.parametrize("begin", ["", "\n", " \n  "])
+def test_a_template_writes_the_same_date_on_each_day(call: str, written: str, begin: str) -> None:
+    """The text before the call stays as transformers writes it."""
+    tokenizer = byte_level()
+    before = chat(with_template(tokenizer, f"{begin}@{NAMED['zephyr'][1]}"), TURNS)[0]
+    made = chat(with_template(tokenizer, f"{begin}@{call}{NAMED['zephyr'][1]}"), TURNS)[0]
+    assert made.startswith(before[: before.index("@") + 1] + written)
+
+    dated = with_template(tokenizer, begin + call + NAMED["zephyr"][1])
+    named = copy.copy(tokenizer)
+    named.chat_template = {"default": dated.chat_template, "tool_use": "{{ 1 }}"}
+    assert chat(named, TURNS) == chat(dated, TURNS)
+    turns = [{"role": "user", "content": "hello"}]
+    prompt = tokenizer.decode(chat_prompt(turns, named, ""))
+    assert prompt == chat(dated, TURNS)[0][: len(prompt)]
+    assert "strftime" not in prompt
 
 
 def test_a_template_of_a_file_is_carried_by_the_configuration(

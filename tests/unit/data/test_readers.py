@@ -1,9 +1,11 @@
 """Local files as records: values as written, places kept, and an honest answer for what cannot be
 read."""
 
+import codecs
 import gzip
 import io
 import json
+import os
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -217,8 +219,27 @@ def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_pa
         (
             '{"t": "a"}'.encode("utf-16"),
             "utf-8",
-            'begins with the mark of utf-16, .* data.encoding = "utf-16"',
+            'begins with the mark of utf-16-le, not utf-8; set data.encoding = "utf-16"',
         ),
+        *(
+            (
+                mark + '{"t": "a"}'.encode(name),
+                other,
+                f'the mark of {name}, not {other}; set data.encoding = "{name[:6]}"',
+            )
+            for mark, name, other in (
+                (codecs.BOM_UTF16_LE, "utf-16-le", "utf-16-be"),
+                (codecs.BOM_UTF16_BE, "utf-16-be", "utf-16-le"),
+                (codecs.BOM_UTF32_LE, "utf-32-le", "utf-32-be"),
+                (codecs.BOM_UTF32_BE, "utf-32-be", "utf-32-le"),
+                (codecs.BOM_UTF32_LE, "utf-32-le", "utf-16-le"),
+                (codecs.BOM_UTF16_LE, "utf-16-le", "utf-8-sig"),
+            )
+        ),
+        ('{"t": "a"}'.encode("utf-16-be"), "utf-16", 'set data.encoding = "utf-16-be"'),
+        ('{"t": "a"}'.encode("utf-16-le"), "utf-16-be", 'set data.encoding = "utf-16-le"'),
+        ('{"t": "a"}'.encode("utf-32-le"), "utf-16", 'set data.encoding = "utf-32-le"'),
+        ('{"t": "a"}'.encode("utf-32-be"), "utf-8", 'set data.encoding = "utf-32-be"'),
         (
             '{"t": "a"}'.encode("utf-8-sig"),
             "latin-1",
@@ -380,3 +401,10 @@ def test_a_name_that_could_drive_a_terminal_is_escaped(tmp_path: Path) -> None:
         read(tmp_path, "\x1b[31ma.csv", "a\x1b[2J,a\x1b[2J\n1,2\n")
     assert "\x1b" not in str(caught.value)
     assert r"\x1b[2J" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.txt", "a.parquet"])
+def test_a_pipe_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: is no regular file but a pipe"):
+        read_file(tmp_path / name, Reading())

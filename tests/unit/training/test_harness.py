@@ -9,11 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.data.templates import NAMED, with_template
 from fluvial.errors import ConfigError
 from fluvial.training.folders import weights_in
 from fluvial.training.harness import Harness, HarnessConfig
 from tests.support.harness import QUESTIONS, write_tasks
 from tests.support.runs import run_table
+from tests.support.tokenizer_kinds import byte_level
 
 
 @pytest.fixture
@@ -166,3 +168,15 @@ def test_tasks_that_come_with_lm_eval(own: Path, tmp_path: Path, tiny_model: Pat
         _evaluate(tiny_model, "--tasks", "mmul", "--include-path", own)
     with pytest.raises(ConfigError, match=r"--tasks mmlu: its data set .*--dataset mmlu=FOLDER"):
         _evaluate(tiny_model, "--tasks", "mmlu", "--include-path", own)
+
+
+def test_a_template_writes_the_date_that_training_has(tiny_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fluvial.training.harness_model import LoadedModel
+
+    template = "{{ strftime_now(format='%Y') }}" + NAMED["plain"][1]
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    asked = LoadedModel(model, with_template(byte_level(), template), batch_size=1, context=64)
+    turn = {"role": "user", "content": "hello"}
+    assert asked.apply_chat_template([turn]).startswith("2024")
