@@ -4,7 +4,6 @@ method."""
 import json
 import math
 from collections.abc import Iterator
-from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,6 @@ import pytest
 import torch
 
 from fluvial.errors import ClientError
-from fluvial.federation.bounds import BoundedReplies
-from fluvial.federation.config import FleetConfig
-from fluvial.federation.in_process import local_fleet
 from fluvial.methods.fedavg import FedAvgServer
 from fluvial.methods.fedsa import FedSaServer
 from fluvial.methods.local import LocalServer
@@ -335,29 +331,6 @@ def test_a_weight_beyond_its_share_is_lowered_and_told(fedavg: Round) -> None:
     assert metrics["clipped"][0]["counted"] == others
     _, _, metrics = fedavg.again(lying(n=2**31)(fedavg), max_weight_share=1.0)
     assert "clipped" not in metrics
-
-
-def test_the_order_of_arrival_changes_nothing_of_the_bounds(fedavg: Round) -> None:
-    """The heaviest and the longest wait for the others, whoever comes first."""
-    lengths = {"a": 1.0, "b": 2.0, "c": 1.5, "d": 90.0, "e": 1.0}
-    weights = {"a": 5, "b": 7, "c": 10**6, "d": 3, "e": 7}
-    seen = set()
-
-    for order in permutations(lengths):
-        fleet = local_fleet(tuple(lengths), lambda _: None, {}, FleetConfig(on_failure="skip"))  # type: ignore[arg-type, return-value]
-        folded: dict[str, int] = {}
-        cohort: BoundedReplies[None] = BoundedReplies(fleet, "train", 1, asked=5)
-
-        for site in order:
-            counted = cohort.add(site, lengths[site], weights[site], None)
-            folded.update((reply.site, reply.weight) for reply in counted)
-
-        folded.update((reply.site, reply.weight) for reply in cohort.close())
-        failed = [failure.site for failure in fleet.failures]
-        seen.add(json.dumps([folded, cohort.clipped, failed], sort_keys=True))
-
-    assert len(seen) == 1
-    assert json.loads(seen.pop())[0] == {"a": 5, "b": 7, "e": 7, "c": 9 * 19}
 
 
 # -- one quorum a round --------------------------------------------------------------------------

@@ -1,22 +1,25 @@
 """Bounds on the effect of one site on a round: on the length of its update, and on its weight.
 
 A site says itself how many records it has and how far its weights moved, so both are bounded where
-replies meet. An update that is `fleet.max_update_growth` times longer than the median of its round
-is the site's failure. A site that has more than `fleet.max_weight_share` of a round's weight counts
-with that share, and the round's record says so. Sites within these bounds count exactly as they
-would without them.
+replies meet. Every update that is `fleet.max_update_growth` times longer than the median of its
+round is its site's failure, so sites that lie together fail together, as long as they are a
+minority. A site that has more than `fleet.max_weight_share` of a round's weight counts with that
+share, and the round's record says so; several sites that claim too many records are not bounded
+together. Sites within these bounds count exactly as they would without them.
 """
 
 import logging
 import math
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import insort
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from fluvial.errors import WireError
 from fluvial.federation.failures import Failure
 from fluvial.federation.fleet import Fleet
+from fluvial.federation.waiting import on_disk
 from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Named, WeightedMean, energy
 
@@ -25,12 +28,14 @@ T = TypeVar("T")
 
 FEWEST_COMPARED = 3
 """Least number of replies among which one can be called too long."""
+_IN_MEMORY = 2
+"""Updates in memory that wait for the others of their round."""
 _SPARE = 100.0
 """Factor by which a decoded update may exceed what training can reach: codecs and error feedback
 make updates longer."""
 _ADAM = 4.0
-"""Upper bound on Adam's change of a weight in one step, in learning rates: (1 - beta_1) / sqrt(1 -
-beta_2) is 3.2."""
+"""Least upper bound on Adam's change of a weight in one step, in learning rates: (1 - beta_1) /
+sqrt(1 - beta_2) is 3.2 with the usual decays, and more with others."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +59,11 @@ class _Held(Generic[T]):
 
 
 class BoundedReplies(Generic[T]):
-    """The replies of one round, counted as they come, except the heaviest and the longest so far.
+    """The replies of one round, counted as soon as it is known that they do.
 
-    These two wait until all have come, because only then is it known whether they are too heavy or
-    too long. So memory is that of two further updates, whatever the number of sites, and the order
-    of arrival changes nothing.
+    The heaviest so far waits until all have come, and so does each that may still turn out to be
+    too long: until more than half of the cohort has answered, that is every one. Of those that
+    wait, two are in memory and the others in temporary files. The order of arrival changes nothing.
     """
 
     def __init__(self, fleet: Fleet, task: str, round: int, *, asked: int) -> None:
@@ -68,56 +73,54 @@ class BoundedReplies(Generic[T]):
         self._asked = asked
         self._held: list[_Held[T]] = []
         self._lengths: list[float] = []
+        """Lengths of all replies so far, in ascending order."""
         self._weights: dict[str, int] = {}
         self.clipped: list[dict[str, Any]] = []
         """Sites whose weight was lowered, with both weights; complete after `close`."""
 
     def add(self, site: str, length: float, weight: int, content: T) -> list[Counted[T]]:
         """Take one reply; return those that count from now on, with the weight that they have."""
-        self._lengths.append(length)
+        insort(self._lengths, length)
         self._weights[site] = weight
         self._held.append(_Held(site, length, weight, content))
-        waiting = {id(self._heaviest()), id(self._longest())}
-        ready = [held for held in self._held if id(held) not in waiting]
-        self._held = [held for held in self._held if id(held) in waiting]
+        heaviest = max(self._held, key=lambda held: (held.weight, held.site))
+        longest = self._longest_for_sure()
+        ready = [held for held in self._held if held is not heaviest and held.length <= longest]
+        self._held = [held for held in self._held if held is heaviest or held.length > longest]
+        if len(self._held) > _IN_MEMORY and self._held[-1].site == site:
+            self._held[-1] = replace(self._held[-1], content=on_disk(content))
 
         return [Counted(held.site, held.weight, held.content) for held in ready]
 
-    def close(self) -> list[Counted[T]]:
+    def close(self) -> Iterator[Counted[T]]:
         """Return the rest of those that count; raise `ClientError` as `Fleet.ask` does."""
         self._refuse_too_long()
-        self.clipped = self._too_heavy()
+        self.clipped = lower_heaviest(
+            self._weights, self._fleet.config.max_weight_share, self._round
+        )
         answered = len(self._weights)
         self._fleet.require_quorum(self._task, self._round, answered=answered, asked=self._asked)
 
-        return [Counted(held.site, self._weights[held.site], held.content) for held in self._held]
+        return (Counted(held.site, self._weights[held.site], held.content) for held in self._held)
 
-    def _heaviest(self) -> _Held[T]:
-        return max(self._held, key=lambda each: (each.weight, each.site))
+    def _longest_for_sure(self) -> float:
+        """Return the length up to which no update is too long, whatever comes from those that have
+        not answered."""
+        if self._asked < FEWEST_COMPARED:
+            return math.inf
 
-    def _longest(self) -> _Held[T]:
-        return max(self._held, key=lambda each: (each.length, each.site))
+        # The median is least where all others answer, with updates of length 0.
+        middle = len(self._lengths) - 1 - self._asked // 2
+        least = self._lengths[middle] if middle >= 0 else 0.0
+        return least * self._fleet.config.max_update_growth
 
     def _refuse_too_long(self) -> None:
-        growth = self._fleet.config.max_update_growth
-        if not self._held:
-            return
-
-        longest = self._longest()
-        reason = too_long(longest.length, self._lengths, growth)
-        if reason is None:
-            return
-
-        self._held.remove(longest)
-        del self._weights[longest.site]
-        self._fleet.reject(Failure(longest.site, self._round, self._task, reason, 0))
-
-    def _too_heavy(self) -> list[dict[str, Any]]:
-        """Lower the weight of a site above its share; see `lower_heaviest`."""
-        if not self._held:
-            return []
-        share = self._fleet.config.max_weight_share
-        return lower_heaviest(self._weights, share, self._round)
+        for held in sorted(self._held, key=lambda held: held.site):
+            reason = too_long(held.length, self._lengths, self._fleet.config.max_update_growth)
+            if reason is not None:
+                self._held.remove(held)
+                del self._weights[held.site]
+                self._fleet.reject(Failure(held.site, self._round, self._task, reason, 0))
 
 
 def lower_heaviest(weights: dict[str, int], share: float, round: int) -> list[dict[str, Any]]:
@@ -165,12 +168,13 @@ def too_long(length: float, lengths: Sequence[float], growth: float) -> str | No
 def reach(train: TrainConfig, samples: int) -> float:
     """Return the root mean square that no honest change of a weight exceeds; infinite for SGD.
 
-    Adam moves a weight by a small multiple of the learning rate in a step, and weight decay by a
-    share of it.
+    Adam, fused or not, moves a weight by a small multiple of the learning rate in a step, and
+    weight decay by a share of it. A step of SGD is as long as its gradient.
     """
-    if train.optim != "adamw_torch":
+    if train.optim == "sgd":
         return math.inf
-    return _SPARE * _ADAM * train.learning_rate * train.steps(samples) * (1 + train.weight_decay)
+    step = max(_ADAM, (1 - train.adam_beta1) / math.sqrt(1 - train.adam_beta2))
+    return _SPARE * step * train.learning_rate * train.steps(samples) * (1 + train.weight_decay)
 
 
 def check_update(update: Named, weight: int, train: TrainConfig) -> None:

@@ -54,8 +54,9 @@ class FleetConfig(Settings):
     the eight sites of configs/stdlib.toml.)"""
     max_weight_share: float = Field(0.9, ge=0.5, le=1)
     """Share of a round's weight that one site counts with at most; the round's record names a site
-    that has more. Refused for a method that weighs no updates by their samples. (Ours: 1 believes
-    every site's own count of its records.)"""
+    that has more. Several sites that claim too many records are not bounded together. Refused for a
+    method that weighs no updates by their samples. (Ours: 1 believes every site's own count of its
+    records.)"""
 
     def answer_within_s(self, turns: int) -> float:
         """Return the seconds for which a site waits for the answer to one of its turns.

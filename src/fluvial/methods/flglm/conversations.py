@@ -94,10 +94,10 @@ class Conversations:
     def _refuse_too_long(self) -> None:
         """Bound an average within a round as `BoundedReplies` bounds that at its end."""
         lengths = {site: norm(waiting.update) for site, (_, waiting) in self._waiting.items()}
-        longest = max(lengths, key=lambda site: (lengths[site], site))
         growth = self._fleet.config.max_update_growth
-        reason = too_long(lengths[longest], list(lengths.values()), growth)
-        if reason is not None:
-            turn, _ = self._waiting.pop(longest)
-            self._replicas[longest].close()
-            turn.fail(reason)
+        for site, length in sorted(lengths.items()):
+            reason = too_long(length, list(lengths.values()), growth)
+            if reason is not None:
+                turn, _ = self._waiting.pop(site)
+                self._replicas[site].close()
+                turn.fail(reason)
