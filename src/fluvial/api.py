@@ -1,6 +1,7 @@
 """Runs from Python: check a configuration, run it, and read results that show as tables."""
 
 import html
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from fluvial.storage.run_files import read_run
 
 if TYPE_CHECKING:
     from fluvial.runs.run import Event
+
+logger = logging.getLogger(__name__)
 
 Configuration = str | Path | Mapping[str, Any] | RunConfig
 """A TOML file, a table with the same keys, where a path may be a `Path`, or a loaded
@@ -232,6 +235,8 @@ def load_result(folder: str | Path) -> Result:
             f"{folder}: the run has not finished; continue it with fluvial.run(..., resume=True)"
         )
 
+    for line in content["damaged"]:
+        logger.warning("%s: %s", folder, line)
     return Result(Path(folder), with_compared(content), content["config"], content["metrics"])
 
 

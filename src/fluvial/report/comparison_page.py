@@ -24,7 +24,7 @@ from fluvial.report.figures import Run, score_of
 from fluvial.report.page import AXES, PAGES
 from fluvial.runs.comparison.judging import p_words
 from fluvial.runs.comparison.result import Compared, ComparedContender
-from fluvial.storage.run_files import JsonObject, read_metrics, read_result
+from fluvial.storage.run_files import JsonObject, damage, read_metrics, read_result
 
 MOST = len(COLOURS)
 """Contenders whose curves are drawn, at most: the baseline, and those of the lowest loss."""
@@ -58,7 +58,7 @@ def comparison_page(compared: Compared, folder: Path, *, written: str = "") -> b
         "folder": str(folder),
         "written": written,
         "refresh_s": REFRESH_S if open_runs else 0,
-        "notes": [safe_text(note) for note in compared.notes],
+        "notes": [safe_text(note) for note in (*compared.notes, *_damage(compared, folder))],
         "measures": [measure_rows(compared, name) for name in told_apart(compared)],
         "measures_caption": measures_caption(compared),
         "equal": equal_words(compared),
@@ -94,6 +94,12 @@ def comparison_page(compared: Compared, folder: Path, *, written: str = "") -> b
         "version": compared.fluvial,
     }
     return PAGES.get_template("comparison_page.html").render(content).encode(errors="replace")
+
+
+def _damage(compared: Compared, folder: Path) -> list[str]:
+    """Return what is damaged in the folders of the finished runs."""
+    finished = [run.folder for each in compared.contenders for run in each.runs if run.finished]
+    return [line for name in finished for line in damage(folder / name, name)]
 
 
 def _loss(contender: ComparedContender, seed: int) -> str:

@@ -147,6 +147,7 @@ def _content(run: JsonObject) -> JsonObject:
         "done": len(metrics),
         "finished": result is not None,
         "folder": last_part(run["folder"]),
+        "damaged": [safe_text(line) for line in run["damaged"]],
         "verdict": first_lines(run, method),
         "tiles": tiles(run, score) if result else [],
         "tables": _tables(rows) if rows else [],

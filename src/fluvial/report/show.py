@@ -42,6 +42,7 @@ def run_tables(run: JsonObject) -> Group:
     method = run["config"].get("method", {}).get("name") or (result or {}).get("method", "run")
     content: list[RenderableType] = []
 
+    content += [Text(line, style="red") for line in run["damaged"]]
     content += [Text.from_markup(line) for line in setup_lines(setup_of(run))]
     if metrics:
         content += [

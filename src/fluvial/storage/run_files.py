@@ -113,12 +113,52 @@ def read_file(path: Path) -> JsonObject | None:
 
 def check_written(path: Path, digest: Any) -> None:
     """Raise `CheckpointError` unless a file of a run has the SHA-256 that the run wrote down."""
+    fault = _fault(path, digest)
+    if fault is not None:
+        raise CheckpointError(f"{path} {fault}; {anew()}")
+
+
+def _fault(path: Path, digest: Any) -> str | None:
+    """Return how a file differs from the one with this SHA-256, None where it does not."""
     if not path.exists():
-        raise CheckpointError(f"{path} is missing; {anew()}")
-    if digest_of_file(path) != digest:
-        raise CheckpointError(
-            f"{path} is damaged: its bytes are not those that were written; {anew()}"
-        )
+        return "is missing"
+    try:
+        written = digest_of_file(path) == digest
+    except OSError as error:
+        return f"is damaged: it cannot be read: {error.strerror}"
+    return None if written else "is damaged: its bytes are not those that were written"
+
+
+def damage(folder: Path, name: str = "") -> list[str]:
+    """Return one sentence for each file that tables and pages of a finished run are made of and
+    that is not as the run wrote it; nothing for a run that has not finished.
+
+    Files are named by their place in the folder, and this by `name`, if any.
+    """
+    within = Path(name)
+    try:
+        listed = read_file(folder / DIGESTS) or {}
+    except CheckpointError as error:
+        told = str(error).replace(str(folder / DIGESTS), str(within / DIGESTS))
+        return [f"{told}; until then nothing shows whether the run's other files are damaged"]
+
+    follows = {
+        CONFIG: "the settings that are shown may be others than the run's",
+        METRICS: "what is shown of its rounds may be missing or wrong",
+        RESULT: "its figures may be wrong",
+    }
+    lines = []
+    for file, what in follows.items():
+        fault = _fault(folder / file, listed[file]) if file in listed else None
+        if file == RESULT and fault == "is missing":
+            lines.append(
+                f"{within / file} is missing, so the finished run is shown as one that has not "
+                f"finished; restore it from a copy, or write it anew with {caller.resume()}"
+            )
+        elif fault is not None:
+            lines.append(f"{within / file} {fault}; {what}; restore it from a copy")
+
+    return lines
 
 
 def check_weights_written(folder: Path) -> None:
@@ -180,8 +220,9 @@ def read_run(folder: Path) -> JsonObject:
     """Return the content of a run's folder as plain JSON values.
 
     The keys are folder, config, description (None where the configuration's file has none),
-    refused, setup (None where the result has it), metrics, result, and compare with the baselines
-    by name. Raises `CheckpointError` if the folder holds no run, or a damaged one.
+    refused, setup (None where the result has it), damaged (see `damage`; with the baselines),
+    metrics, result, and compare with the baselines by name. Raises `CheckpointError` if the folder
+    holds no run, or a file that cannot be read.
     """
     if folder.is_file():
         raise CheckpointError(f"{folder} is a file; give the folder of a run, such as runs/NAME")
@@ -206,6 +247,11 @@ def read_run(folder: Path) -> JsonObject:
         "description": description,
         "refused": read_file(folder / REFUSED),
         "setup": read_file(folder / SETUP) if run["result"] is None else None,
+        "damaged": [
+            line
+            for path in (folder, *compared)
+            for line in damage(path, "" if path == folder else f"{COMPARE}/{path.name}")
+        ],
         **run,
         "compare": {path.name: _outcome(path) for path in compared},
     }
