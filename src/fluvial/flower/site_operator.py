@@ -74,6 +74,10 @@ def site_init(
         "# [data]",
         '# source = "records.jsonl"         # this site\'s records, beside this file; they replace '
         "the run's",
+        '# heldout_source = "test.jsonl"    # records to measure on; unset, a share is held out',
+        '# encoding = "cp1252"              # text files that are not UTF-8',
+        '# delimiter = ";"                  # between the columns of CSV files',
+        '# columns = { prompt = "question", completion = "answer" } # our field = your column',
         "# [allow]                          # runs that this site takes part in; empty allows all",
         '# methods = ["fedavg", "cgfedllm"]',
         '# tensors = ["*.lora_*"]',

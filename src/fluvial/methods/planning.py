@@ -11,6 +11,7 @@ from fluvial.errors import ConfigError
 from fluvial.exchange import PUBLIC_TGAP, TgapConfig, check_codec, check_refit
 from fluvial.exchange.downlink import coded_layout
 from fluvial.federation.line import round_s
+from fluvial.formatting import human_seconds
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
 from fluvial.methods.traffic import Measured, Traffic, shared_down, shared_up, starts
@@ -155,7 +156,10 @@ def uncoded(
 
 def line_row(seconds: float) -> CheckRow:
     """Return the row about a round over the line."""
-    return ("a round over fleet.line, over Flower", f"{seconds:.1f} s and the time of training")
+    return (
+        "a round over fleet.line, over Flower",
+        f"{human_seconds(seconds)} and the time of training",
+    )
 
 
 def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:

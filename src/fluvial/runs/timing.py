@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from fluvial.codecs.auto import AutoSettings, Use, candidates
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.federation.in_process import concurrency
+from fluvial.formatting import human_seconds
 from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
@@ -77,7 +78,7 @@ class Work:
     cohort: int
     """Sites of a round."""
     workers: int
-    """Sites that work at a time."""
+    """Sites that work at a time: on this machine those that share it, on many machines all."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ class Predicted:
     """The rest of a round over fleet.line, with the codec's time; 0 where no line is set."""
     run_s: float
     """All rounds and held-out measures of the method; set-up and baselines apart."""
+
+    @property
+    def round_s(self) -> float:
+        """Seconds of one round: training and the rest of it over fleet.line."""
+        return self.training_s + self.line_s
 
 
 def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[MeasuredTimes, Work]:
@@ -157,42 +163,37 @@ def timed(
 ) -> dict[str, Any]:
     """Return `planned` (see `plan.plan`) with what was timed and predicted."""
     found, work = measure(config, clock)
-    line_s = planned["round_over_line_s"] or 0.0
     notes = list(planned["notes"])
     coding = found.coding
-    if line_s and coding is not None:
-        line_s += coding.coding_s
+    apart = _apart(config, found, work, planned["round_over_line_s"])
+    if apart and coding is not None:
         notes += _coding_note(config, coding)
     if isinstance(config.method, FedPipeConfig):
         notes.append(
             "times are those of the run's own batch and steps; the plan of a site has others, and "
             "`fluvial plan` predicts their time"
         )
-    ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every, line_s=line_s)
+    ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every)
     bound = (
         "" if config.entry.traits.sends == "codec" or config.entry.traits.pooled else ", at most"
     )
     rows = [
-        ("loading model and data, measured", f"{found.load_s:.1f} s"),
-        (f"one optimizer step at {found.site}, measured", f"{found.step_s:.3g} s"),
-        (
-            f"training in a round, {work.workers} sites at a time{bound}",
-            f"{ahead.training_s:.3g} s",
-        ),
-        ("measuring held-out text of all sites, once", f"{ahead.measuring_s:.3g} s"),
+        ("loading model and data, measured", human_seconds(found.load_s)),
+        (f"one optimizer step at {found.site}, measured", human_seconds(found.step_s)),
     ]
     if coding is not None:
-        words = f"{coding.coding_s:.2g} s; int8 {coding.int8_coding_s:.2g} s"
+        words = f"{human_seconds(coding.coding_s)}; int8 {human_seconds(coding.int8_coding_s)}"
         rows.append((f"coding and decoding an update by {coding.codec}, measured", words))
-    if line_s:
-        what = "a round over fleet.line, with training" + (" and coding" if coding else "")
-        rows.append((what, f"{line_s + ahead.training_s:.3g} s"))
-    rows.append(
+    rows += [
         (
-            f"{config.rounds} rounds and their measures, set-up and baselines apart",
-            f"{ahead.run_s:.3g} s",
-        )
-    )
+            f"training in a round on this machine, {work.workers} sites at a time{bound}",
+            human_seconds(ahead.training_s),
+        ),
+        (
+            "measuring held-out text of all sites on this machine, once",
+            human_seconds(ahead.measuring_s),
+        ),
+    ]
     here_s = _here_s(config, found, planned["sites"])
     comparisons = f" after {', '.join(config.compare)}" if config.compare else ""
     rows.append(
@@ -201,6 +202,16 @@ def timed(
             f"about {rough(here_s)}",
         )
     )
+    if apart:
+        many = "over fleet.line, each site on a machine like this"
+        what = "training and coding" if coding else "training"
+        rows += [
+            (f"a round {many}, with {what}{bound}", human_seconds(apart.round_s)),
+            (
+                f"{config.rounds} rounds and their measures {many}, set-up and baselines apart",
+                f"about {rough(apart.run_s)}",
+            ),
+        ]
 
     return {
         **planned,
@@ -216,11 +227,28 @@ def timed(
             "round_training_s": ahead.training_s,
             "measuring_s": ahead.measuring_s,
             "coding_s": coding.coding_s if coding else None,
-            "line_s": ahead.line_s,
             "run_s": ahead.run_s,
             "here_s": here_s,
+            "many_machines": apart and {**asdict(apart), "round_s": apart.round_s},
         },
     }
+
+
+def _apart(
+    config: RunConfig, found: MeasuredTimes, work: Work, line_s: float | None
+) -> Predicted | None:
+    """Return the times of a run whose sites each have a machine like this, so that all of a round
+    work at the same time; None where the transfers of a round over `fleet.line` are not known."""
+    if not line_s:
+        return None
+    coding_s = found.coding.coding_s if found.coding else 0.0
+    return predict(
+        found,
+        replace(work, workers=len(work.steps)),
+        rounds=config.rounds,
+        every=config.evaluate.every,
+        line_s=line_s + coding_s,
+    )
 
 
 def _here_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str, Any]]) -> float:
@@ -266,7 +294,7 @@ def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
     if line is None or coding.loss_s(line.up_mbit_s) <= 0:
         return []
 
-    loss = f"{coding.loss_s(line.up_mbit_s):.2g} s longer than with int8"
+    loss = f"{human_seconds(coding.loss_s(line.up_mbit_s))} longer than with int8"
     return [
         f"codec: with {coding.codec}, coding and upload of an update take {loss} at "
         f"{line.up_mbit_s:g} Mbit/s; choose a faster codec, or more fleet.threads"
@@ -284,8 +312,6 @@ def _work(
         return Work(steps, [sum(heldout_sequences)], 1, 1)
 
     cohort = config.method.cohort(count)
-    # Sites that are named are each on a machine of its own.
-    workers = count if config.fleet.sites else concurrency(config.fleet)
     steps = [config.train.steps(sequences) for sequences in train_sequences]
 
-    return Work(steps, heldout_sequences, cohort, min(workers, cohort))
+    return Work(steps, heldout_sequences, cohort, min(concurrency(config.fleet), cohort))

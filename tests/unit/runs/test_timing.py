@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.formatting import human_seconds
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.models.tuning import tuned_parameters
@@ -79,22 +80,47 @@ def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
     planned = plan(config)
     told = timed(config, planned, lambda: next(clock))
     assert told["time"]["coding_s"] == 1.0
-    assert told["time"]["line_s"] == pytest.approx(planned["round_over_line_s"] + 1.0)
     time = told["time"]
     coding_s = 2 * max(3 / time["workers"], 1.0)  # a second of each of three sites, in two rounds
-    assert time["here_s"] == pytest.approx(time["run_s"] - 2 * time["line_s"] + coding_s)
+    assert time["here_s"] == pytest.approx(time["run_s"] + coding_s)
     both = timed(parse(settings | {"compare": ["local"]}, "test"), planned, lambda: next(clock))
     assert both["time"]["here_s"] == pytest.approx(2 * time["here_s"] - coding_s)
     assert any("after local, set-up" in row["what"] for row in both["rows"])
     rows = {row["what"]: row["value"] for row in told["rows"]}
-    assert rows["coding and decoding an update by trellis, measured"] == "1 s; int8 1 s"
-    assert "a round over fleet.line, with training and coding" in rows
+    assert rows["coding and decoding an update by trellis, measured"] == "1.0 s; int8 1.0 s"
+    many = time["many_machines"]
+    assert many["line_s"] == pytest.approx(planned["round_over_line_s"] + 1.0)
+    what = "a round over fleet.line, each site on a machine like this, with training and coding"
+    assert rows[what] == human_seconds(many["training_s"] + many["line_s"])
     assert not any("longer than with int8" in note for note in told["notes"])
 
     for name, timed_as in (("auto", "trellis"), ("klt", None)):
         codec = {"codec": {"name": name, "rate": 16, "error_feedback": name == "auto"}}
         found, _ = measure(parse(run_config | codec | TGAP, "test"))
         assert (found.coding.codec if found.coding else None) == timed_as
+
+
+@pytest.mark.parametrize("sites", [None, ["north", "south", "west"]])
+def test_sites_share_this_machine_and_have_many_alone(
+    run_config: dict[str, Any], sites: list[str] | None
+) -> None:
+    """An hour for each read of the clock; three sites, which a round on this machine trains one
+    after another, also where the sites of a deployment are named."""
+    line = {"up_mbit_s": 1.0, "down_mbit_s": 1.0, "rtt_ms": 0.0}
+    fleet = {"line": line, "workers": 1} | ({} if sites is None else {"sites": sites})
+    config = parse(run_config | {"fleet": fleet}, "test")
+    clock = itertools.count(0.0, 3600.0)
+    planned = plan(config)
+    told = timed(config, planned, lambda: next(clock))
+    rows = {row["what"]: row["value"] for row in told["rows"]}
+    assert rows["training in a round on this machine, 1 sites at a time"] == "9 h 00 min"
+    many = told["time"]["many_machines"]
+    assert many["training_s"] == 3 * 3600
+    assert many["run_s"] == pytest.approx(2 * many["round_s"] + 2 * many["measuring_s"])
+    assert not any("e+" in value for value in rows.values())
+    alone = timed(config, planned | {"round_over_line_s": None}, lambda: next(clock))
+    assert alone["time"]["many_machines"] is None
+    assert not any("each site on a machine" in row["what"] for row in alone["rows"])
 
 
 def test_a_codec_slower_than_the_upload_that_it_saves_is_named(run_config: dict[str, Any]) -> None:

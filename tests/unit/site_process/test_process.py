@@ -4,6 +4,7 @@ it."""
 import hashlib
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,7 @@ from fluvial.data import SiteTexts
 from fluvial.errors import ConfigError, FluvialError, RefusalError, WireError
 from fluvial.federation.sites import Site, adapter_message
 from fluvial.federation.talk import Talk
+from fluvial.flower.site_operator import site_init
 from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
@@ -98,6 +100,22 @@ def test_a_site_file_that_is_wrong_is_refused(text: str, said: str, tmp_path: Pa
     (tmp_path / "site.toml").write_text(text)
     with pytest.raises(ConfigError, match=said):
         read_site_file(tmp_path / "site.toml")
+
+
+def test_the_example_in_a_site_file_holds_once_it_is_uncommented(tmp_path: Path) -> None:
+    site_init(tmp_path, name="north", server="127.0.0.1:8000", ca=None, insecure=True)
+    path = tmp_path / "site.toml"
+    path.write_text(re.sub("^# ", "", path.read_text(), flags=re.MULTILINE))
+    found = read_site_file(path)
+    assert found.data is not None
+    shown = {"source", "heldout_source", "encoding", "delimiter", "columns"}
+    assert found.data.model_fields_set == shown
+    assert found.allow.model_fields_set == {
+        "methods",
+        "tensors",
+        "run_paths",
+        "max_bytes_up_per_round",
+    }
 
 
 def test_a_missing_site_file_says_how_to_make_one(tmp_path: Path) -> None:

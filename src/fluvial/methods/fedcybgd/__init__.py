@@ -20,6 +20,7 @@ from fluvial.exchange import check_fixed_rate
 from fluvial.federation.bounds import FEWEST_COMPARED
 from fluvial.federation.line import round_s
 from fluvial.federation.sites import refuse_learned
+from fluvial.formatting import human_seconds
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import (
     CacheDownload,
@@ -245,8 +246,8 @@ def _over_line(
     cycle_s = wall_clock(visits, [visit_s] * given.sites)
     return (
         "a cycle over fleet.line, over Flower",
-        f"{cycle_s:.1f} s and the time of training: {len(visits)} in turn, of up to {widest} "
-        "visits at once",
+        f"{human_seconds(cycle_s)} and the time of training: {len(visits)} in turn, of up to "
+        f"{widest} visits at once",
     )
 
 

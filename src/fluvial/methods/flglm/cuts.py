@@ -12,7 +12,7 @@ from functools import cached_property
 from typing import Literal
 
 from fluvial.errors import ConfigError
-from fluvial.formatting import human_bytes
+from fluvial.formatting import human_bytes, human_seconds
 from fluvial.methods.flglm.footprint import Footprint
 from fluvial.methods.flglm.leakage.measured import GRADIENTS
 from fluvial.models.part_tuning import PartKind, Place
@@ -166,7 +166,7 @@ class Candidate:
             f"{human_bytes(self.cost.bytes)} {per} at most",
         ]
         if self.cost.seconds is not None:
-            parts.append(f"{self.cost.seconds:.1f} s")
+            parts.append(human_seconds(self.cost.seconds))
         refusal = self.refusal(bounds)
         return ", ".join(parts) + (f"; refused: {refusal}" if refusal else "")
 
