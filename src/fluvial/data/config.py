@@ -252,6 +252,15 @@ def unreadable(
             hint = f"our field comes first: {{{column} = {field!r}}}"
         yield f"columns: {field!r:.40} is no field of a record; {hint}"
 
+    fields = dict[str, str]()
+    for field, column in (columns or {}).items():
+        first = fields.setdefault(column, field)
+        if first != field:
+            yield (
+                f"columns: {first} and {field} name one column, {column!r:.40}; name a column of "
+                "its own for each"
+            )
+
     if encoding is not None and not known_encoding(encoding):
         yield (
             f"encoding={encoding!r:.40}: no known encoding of text; write one such as 'utf-8', "

@@ -14,6 +14,8 @@ from fluvial.data.rows import Place, Row, Table
 from fluvial.formatting import safe_line
 
 DELIMITERS = ",;\t|"
+JSON = re.compile(r"\{\s*[\"}]|\[\s*[\[{\]]")
+"""Begin of an object, or of a list of objects or lists."""
 
 
 def read_delimited(path: Path, reading: Reading) -> Table:
@@ -104,7 +106,7 @@ def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[
 
 def _refuse_other_text(name: str, text: str) -> None:
     start = text.lstrip()[:200].lower()
-    if start.startswith(("{", "[")):
+    if JSON.match(start):
         raise DataError(
             [
                 f"{name}: begins as JSON does; give it the suffix .json, or .jsonl for a record on "
@@ -125,7 +127,7 @@ def _header(place: str, header: Sequence[str]) -> tuple[str, ...]:
     if not any(name.strip() for name in header):
         raise DataError([f"{place}: the header is blank; the first line must name the columns"])
 
-    columns = tuple(name or f"column {number}" for number, name in enumerate(header, start=1))
+    columns = tuple(name or _unnamed(number, header) for number, name in enumerate(header, start=1))
     for name in columns:
         if columns.count(name) > 1:
             raise DataError(
@@ -133,6 +135,14 @@ def _header(place: str, header: Sequence[str]) -> tuple[str, ...]:
             )
 
     return columns
+
+
+def _unnamed(number: int, header: Sequence[str]) -> str:
+    """Return the name of a column without one, which none of the header has."""
+    name = f"column {number}"
+    while name in header:
+        name += " (no name)"
+    return name
 
 
 def _refuse_other_delimiter(place: str, columns: Sequence[str], delimiter: str) -> None:

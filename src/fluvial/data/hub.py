@@ -5,6 +5,7 @@ from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.models.network import reachable_hub
+from fluvial.storage.files import exists
 
 
 def dataset_of(name: str, wanted: str, where: str) -> Any:
@@ -19,16 +20,17 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
         datasets.logging.CRITICAL
     )  # what goes wrong is in the error below
     path = Path(name).expanduser()
+    saved = exists(path) and path.is_dir()
 
     try:
-        if path.is_dir():
+        if saved:
             return _split_of(datasets.load_from_disk(str(path)), wanted, f"{where}: {name!r}")
         with reachable_hub() as reached:
             return datasets.load_dataset(name, split=wanted)
     except ConfigError:
         raise
     except Exception as error:  # datasets raises whatever its readers raise
-        if path.is_dir():
+        if saved:
             why = f"is a damaged data set ({type(error).__name__}); save it again"
         elif not reached:
             why = (
@@ -38,7 +40,7 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
         else:
             why = f"cannot be read from the Hugging Face hub: {_cause(error)}"
 
-        raise ConfigError(f"{where}: {name!r} {why}") from error
+        raise ConfigError(f"{where}: {name!r:.200} {why}") from error
 
 
 def _split_of(saved: Any, wanted: str, name: str) -> Any:

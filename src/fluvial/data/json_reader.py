@@ -1,13 +1,14 @@
 """Readers of JSON lines and JSON; a value keeps its type, with numbers as they are written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from json.decoder import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
 from fluvial.data.faults import DataError, Faults, listed
 from fluvial.data.files import read_text
-from fluvial.data.json_document import DECODER, document
+from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS
+from fluvial.data.json_document import DECODER, Items, document
 from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
 from fluvial.data.rows import Place, Row, Table, columns_of
 from fluvial.formatting import safe_line
@@ -88,7 +89,7 @@ def _why(error: ValueError) -> str:
 
 
 def read_document(path: Path, reading: Reading) -> Table:
-    """Read a list of records, or an object with one such list, or JSON lines."""
+    """Read a list of records, or an object with one such list, or one record, or JSON lines."""
     text = read_text(path, reading.encoding)
     name = safe_line(str(path))
 
@@ -104,11 +105,34 @@ def read_document(path: Path, reading: Reading) -> Table:
         raise DataError([f"{name}, {error}"]) from None
 
     lists = {key: items for key, items in fields if items is not None}
+    if _is_record([key for key, _ in fields], lists):
+        line = text.count("\n", 0, text.index("{")) + 1
+        record = _record(_loads(text))
+        return Table(str(path), ".json", [Row(record, Place(str(path), "line", line))], (*record,))
+
     if len(lists) != 1:
         raise DataError([f"{name}: {_no_list(lists, [key for key, _ in fields])}"])
 
     (items,) = lists.values()
     return _table_of_items(path, items)
+
+
+def _is_record(keys: Collection[str], lists: Mapping[str, Items]) -> bool:
+    """Return whether the object of a document is one record of a known form, and none of its lists
+    holds records."""
+    for form, required in REQUIRED_FIELDS.items():
+        if not set(required) <= set(keys):
+            continue
+        if form in CONVERSATIONS:
+            turns = lists.get(required[0])
+            who = "role" if form == "messages" else "from"
+            if turns is not None and all(isinstance(t, dict) and who in t for _, t in turns):
+                return True
+        elif not lists.keys() & set(required):
+            items = [item for listed in lists.values() for _, item in listed]
+            return not any(isinstance(item, dict) for item in items)
+
+    return False
 
 
 def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -2,13 +2,14 @@
 
 import io
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from fluvial.data.faults import DataError, shown
 from fluvial.data.files import read_bytes
 from fluvial.data.reading import Reading
-from fluvial.data.rows import Number, Place, Row, Table, typed
+from fluvial.data.rows import Number, Place, Row, Table, Unreadable, typed
 from fluvial.formatting import safe_line
 
 
@@ -35,38 +36,52 @@ def read_parquet(path: Path, _: Reading) -> Table:
         twice = next(each for each in names if names.count(each) > 1)
         raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
 
-    columns = [_values(name, each, table.column(each)) for each in names]
-    records = (dict(zip(names, record, strict=True)) for record in zip(*columns, strict=True))
-    rows = [
-        Row(record, Place(str(path), "row", number))
-        for number, record in enumerate(records, start=1)
-    ]
-
-    return Table(str(path), ".parquet", rows, tuple(names))
+    return Table(str(path), ".parquet", rows_of(table, str(path), "row"), tuple(names))
 
 
-def _short(value: Any, kind: str) -> Any:
-    """Return a value of a column of pyarrow's type `kind`; a short float keeps its type's
-    digits."""
-    import numpy
+def rows_of(table: Any, name: str, unit: str) -> list[Row]:
+    """Return the rows of a table of pyarrow, with places in the file `name`."""
+    columns = [_values(column) for column in table.columns]
+    records = (
+        dict(zip(table.column_names, record, strict=True)) for record in zip(*columns, strict=True)
+    )
+    return [Row(record, Place(name, unit, number)) for number, record in enumerate(records, 1)]
 
-    if kind not in ("halffloat", "float") or value is None or not math.isfinite(value):
-        return value
-    return Number(str((numpy.float16 if kind == "halffloat" else numpy.float32)(value)))
 
-
-def _values(file: str, name: str, column: Any) -> list[Any]:
-    """Return the values of a column of pyarrow.
-
-    Raise `DataError` for values that Python has no type for.
-    """
+def _values(column: Any) -> list[Any]:
+    """Return the values of a column of pyarrow; where Python has no type for one, each is
+    `Unreadable`, since the column may not be needed."""
     import pyarrow
 
     try:
-        return [typed(_short(value, str(column.type))) for value in column.to_pylist()]
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        fault = (
-            f"{file}: column {shown(name)} of type {column.type} holds a value that cannot be read "
-            f"({type(error).__name__}); write it as text, or remove the column"
-        )
-        raise DataError([fault]) from error
+        values = column.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, LookupError, ImportError):
+        return [Unreadable(str(column.type))] * len(column)
+
+    if re.search(r"\b(halffloat|float)\b", str(column.type)):
+        values = [_short(value, column.type) for value in values]
+    return [typed(value) for value in values]
+
+
+def _short(value: Any, kind: Any) -> Any:
+    """Return a value of pyarrow's type `kind`, in which short floats have the digits of their
+    type."""
+    import numpy
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_float32(kind) or types.is_float16(kind):
+        if not math.isfinite(value):
+            return value
+        return Number(str((numpy.float16 if types.is_float16(kind) else numpy.float32)(value)))
+    if types.is_struct(kind):
+        return {each.name: _short(value[each.name], each.type) for each in kind}
+    if types.is_map(kind):
+        return [(_short(key, kind.key_type), _short(item, kind.item_type)) for key, item in value]
+    if isinstance(value, list):
+        return [_short(item, kind.value_type) for item in value]
+    if types.is_dictionary(kind) or types.is_run_end_encoded(kind):
+        return _short(value, kind.value_type)
+
+    return value

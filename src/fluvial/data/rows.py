@@ -21,6 +21,14 @@ class Number:
         return not self.text.lstrip("-").lower().startswith(("nan", "inf"))
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value that Python has no type for; it is a fault only where it is needed."""
+
+    kind: str
+    """Type of the value as its file names it."""
+
+
 class Place(NamedTuple):
     """The place of a row."""
 
@@ -88,6 +96,8 @@ def described(value: Any) -> str:
         return "true or false"
     if isinstance(value, Number):
         return "a number" if value.finite else f"{value.text}, which stands for a missing value"
+    if isinstance(value, Unreadable):
+        return f"a value of type {safe_line(value.kind)}, which cannot be read"
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list):

@@ -11,13 +11,15 @@ from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.folder import KNOWN, UNREADABLE, files_within
 from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
+from fluvial.data.parquet_reader import rows_of
 from fluvial.data.partition import Drawn, Iid
 from fluvial.data.readers import READERS, read_file
 from fluvial.data.reading import Reading
 from fluvial.data.records import Record, RecordReader, Text, encodable
-from fluvial.data.rows import Number, Place, Row, Table, columns_of, described, typed
+from fluvial.data.rows import Number, Row, Table, columns_of, described
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
+from fluvial.storage.files import exists
 
 DELIMITED = (".csv", ".tsv")
 DICT = "dataset_dict.json"
@@ -66,7 +68,7 @@ def is_local(name: str) -> bool:
     """Return true for a name that means a file or folder, be it there or not."""
     path = Path(name).expanduser()
     return (
-        path.exists()
+        exists(path)
         or name.startswith((".", "/", "~"))
         or path.suffix.lower() in {*READERS, *UNREADABLE}
     )
@@ -74,12 +76,12 @@ def is_local(name: str) -> bool:
 
 def is_saved(path: Path) -> bool:
     """Return true for a folder that `save_to_disk` wrote."""
-    return any((path / name).exists() for name in SAVED)
+    return any(exists(path / name) for name in SAVED)
 
 
 def has_splits(name: str) -> bool:
     """Return true for a hub id and for a saved `DatasetDict`; anything else is read whole."""
-    return not is_local(name) or (Path(name).expanduser() / DICT).exists()
+    return not is_local(name) or exists(Path(name).expanduser() / DICT)
 
 
 def read_source(source: Source, faults: Faults) -> Found:
@@ -158,8 +160,14 @@ def _placed(error: DataError, source: Source) -> DataError:
 def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
     """Return the files of a source, with `one_kind` all of the same suffix."""
     path = Path(source.name).expanduser()
-    if not path.exists():
-        raise ConfigError(f"{source.where}: there is no file or folder {source.name!r}")
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{source.where}: there is no file or folder {source.name!r}") from None
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{source.where}: {shown(source.name)} cannot be read: {why}") from error
+
     where = f"{source.where}: folder {source.name!r}"
     files = files_within(path, where) if path.is_dir() else [path]
     kinds = {file.suffix.lower() for file in files}
@@ -200,10 +208,7 @@ def _data_set(source: Source) -> Table:
     """Return a saved data set, or one of the hub, as a table."""
     found = dataset_of(source.name, source.split, source.where)
     name = source.name
-    rows = [
-        Row(typed(row), Place(name, "record", number)) for number, row in enumerate(found, start=1)
-    ]
-
+    rows = rows_of(found.with_format("arrow")[:], name, "record")
     if not rows:
         raise ConfigError(f"{source.where}: {name!r} is empty")
 

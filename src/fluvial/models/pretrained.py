@@ -21,7 +21,7 @@ from fluvial.models.network import reachable_hub
 from fluvial.models.quantisation import Format, LayerFormat, Quantisation
 from fluvial.models.stored import FLOATS, first_line, stored_tensors
 from fluvial.settings import Settings
-from fluvial.storage.files import read_object
+from fluvial.storage.files import exists, read_object
 
 EMBEDDED = "embedded"
 Attention = Literal[
@@ -125,7 +125,7 @@ def source_of(config: ModelConfig) -> str:
 def local_folder(config: ModelConfig) -> Path | None:
     """Return the folder that `model.name_or_path` names, None for a hub id."""
     folder = Path(source_of(config))
-    return folder if folder.is_dir() else None
+    return folder if exists(folder) and folder.is_dir() else None
 
 
 def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
@@ -135,7 +135,7 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
     can fail in any of its checks.
     """
     source = source_of(wanted)
-    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+    if source.startswith((".", "/", "~")) and local_folder(wanted) is None:
         raise ConfigError(
             f"model.name_or_path: there is no folder {source!r}; {caller.another_base()}"
         )

@@ -1,6 +1,7 @@
 """Files of a run or a site: replaced whole, readable by their owner only, whatever the umask, and
 known by a digest."""
 
+import errno
 import hashlib
 import json
 import os
@@ -18,6 +19,15 @@ from fluvial.errors import CheckpointError, ConfigError
 
 DRAFTS = (".*.partial", ".*.draft")
 """Names of files and folders that are not finished yet."""
+
+
+def exists(path: Path) -> bool:
+    """Return whether there is something at a path that a person names; false too where the system
+    cannot say, as for a name that is longer than it allows."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def is_endless(path: Path) -> bool:
@@ -140,6 +150,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # no file has it
+            return None
         raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error
 
     if not isinstance(record, dict):

@@ -1,6 +1,7 @@
 """Kinds of files of records, and the settings of reading that hold for files of one kind only."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ UTF8_ONLY = (".json", ".jsonl", ".ndjson", ".parquet")
 def kind_of(source: str | Path) -> str:
     """Return the suffix of a source's files, of a folder that of the first one; "" without one."""
     path = Path(source).expanduser()
-    if path.is_dir():
-        return next((file.suffix for file in sorted(path.iterdir()) if file.suffix), "").lower()
+    with suppress(OSError):  # a name that is too long, say, is refused where its file is read
+        if path.is_dir():
+            return next((file.suffix for file in sorted(path.iterdir()) if file.suffix), "").lower()
     return path.suffix.lower()
 
 

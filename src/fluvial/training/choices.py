@@ -10,7 +10,7 @@ from fluvial.data.readers import read_json
 from fluvial.data.records import encodable
 from fluvial.data.rows import Number, described
 from fluvial.errors import ConfigError
-from fluvial.storage.files import refuse_endless
+from fluvial.storage.files import exists, refuse_endless
 
 LETTERS = "ABCD"
 CHANCE = 1 / len(LETTERS)
@@ -40,7 +40,7 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     every record that is not of this form, without its text.
     """
     refuse_endless(path)
-    if not path.is_file():
+    if not (exists(path) and path.is_file()):
         raise ConfigError(f"there is no file {str(path)!r} with questions")
 
     choices = []

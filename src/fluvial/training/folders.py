@@ -10,7 +10,7 @@ from fluvial.models.adapters import SavedLora
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
-from fluvial.storage.files import read_object, refuse_endless
+from fluvial.storage.files import exists, read_object, refuse_endless
 from fluvial.storage.run_files import CONFIG, EXPORTS, RESULT, check_weights_written
 from fluvial.wire.tensors import Named, is_finite
 
@@ -98,7 +98,7 @@ def kind_of(name: str) -> Kind:
     `ConfigError` where it is none of them.
     """
     folder = Path(name).expanduser()
-    if not folder.exists():
+    if not exists(folder):
         if name == EMBEDDED or (HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
             return "model"
         raise ConfigError(

@@ -15,6 +15,7 @@ from fluvial.data.readers import read_json
 from fluvial.data.records import encodable
 from fluvial.data.rows import Number, Row, described
 from fluvial.errors import ConfigError
+from fluvial.storage.files import exists
 
 SPLIT = "val.jsonl"
 """File of a task's folder that is measured: the test files have no labels."""
@@ -52,7 +53,7 @@ def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
     record that is not of its task's form, without its text.
     """
     paths = {name: folder / name / SPLIT for name in READERS}
-    present = {name: path for name, path in paths.items() if path.exists()}
+    present = {name: path for name, path in paths.items() if exists(path)}
     if not present:
         raise ConfigError(
             f"{str(folder)!r} has no task of SuperGLUE: expected TASK/{SPLIT} for one or more of "

@@ -632,6 +632,24 @@ def test_every_source_gives_every_record_once(kind: str, tmp_path: Path, tokeniz
     assert sum(sites.load(name).records for name in sites.names) == 60
 
 
+def test_a_saved_set_has_the_digits_of_its_types(tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "score": datasets.List(datasets.Value("float32"))}
+    )
+    made = datasets.Dataset.from_dict({"text": ["a", "b"], "score": [[0.1], []]}, features=features)
+    made.select([1, 0]).save_to_disk(tmp_path / "d")
+    config = DataConfig(source=str(tmp_path / "d"))
+    source = Source("data.source", config.source, "train", config.reading())
+    rows = [entry.row for entry in read_source(source, Faults()).entries]
+    assert [row.fields for row in rows] == [
+        {"text": "b", "score": []},
+        {"text": "a", "score": [Number("0.1")]},
+    ]
+    assert [row.place.number for row in rows] == [1, 2]
+
+
 def test_a_saved_dict_is_read_by_split(tmp_path: Path, tokenizer: Any) -> None:
     import datasets
 

@@ -5,19 +5,23 @@ import copy
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from typer.testing import CliRunner
 
+from fluvial.cli import app
 from fluvial.data import IGNORE_INDEX, DataConfig, DataError, Question, SiteTexts, tokenize
 from fluvial.data.chat import chat_prompt
 from fluvial.data.templates import NAMED, with_template
 from fluvial.errors import ConfigError
 from fluvial.runs.config import load, parse
 from fluvial.runs.plan import plan, preview
+from fluvial.runs.proposal.records import read_records
 from fluvial.storage.files import read_object
 from fluvial.training.choices import read_choices
 from tests.support.tokenizer_kinds import byte_level, characters, prefix_space
@@ -245,6 +249,14 @@ def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer:
             {"columns": {"answer": "completion"}},
             r"columns: 'answer' is no field .*first: \{completion = 'answer'\}",
         ),
+        (
+            {"columns": {"prompt": "prompt", "completion": "prompt"}},
+            "columns: prompt and completion name one column, 'prompt'; name a column of its own",
+        ),
+        (
+            {"heldout_source": "a", "heldout": {"columns": {"text": "x", "output": "x"}}},
+            "columns: text and output name one column, 'x'",
+        ),
         ({"columns": {"id": "text"}}, r"columns: 'id' is no field .*first: \{text = 'id'\}"),
         (
             {"columns": {"id": "a"}},
@@ -381,6 +393,49 @@ def test_a_configuration_or_questions_in_a_pipe_are_refused_at_once(tmp_path: Pa
     for read in (load, read_choices, read_object):
         with pytest.raises(ConfigError, match=r"p.json: is no regular file but a pipe"):
             read(tmp_path / "p.json")
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".jsonl", "x" * 5000 + "/a.csv", "./" + "x" * 300])
+@pytest.mark.parametrize("setting", ["source", "heldout_source", "public_source"])
+def test_a_name_that_the_system_refuses_is_told_with_its_setting(
+    name: str, setting: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    settings = {"source": jsonl(tmp_path / "a.jsonl", {"site": "x", "text": "x"}, times=4)}
+    settings[setting] = name
+    with pytest.raises(ConfigError, match=rf"data.{setting}: '.*\.\.\.' cannot be read: File name"):
+        texts(**settings, tokenizer=tokenizer).check()
+    with pytest.raises(ConfigError, match="--data: '.*' cannot be read: File name too long"):
+        read_records(name)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--choices", "LONG"], "there is no file .* with questions"),
+        (["--superglue", "LONG"], "has no task of SuperGLUE"),
+    ],
+)
+def test_a_name_that_the_system_refuses_is_no_file_of_evaluate(
+    words: list[str], message: str, tiny_model: Path
+) -> None:
+    given = [word.replace("LONG", "x" * 300) for word in words]
+    found = CliRunner().invoke(app, ["evaluate", str(tiny_model), *given])
+    assert isinstance(found.exception, ConfigError)
+    assert re.search(message, str(found.exception))
+    found = CliRunner().invoke(app, ["evaluate", "/" + "x" * 300, *given])
+    assert isinstance(found.exception, ConfigError)
+    assert str(found.exception).startswith("there is no folder '/xxx")
+
+
+def test_a_model_whose_name_the_system_refuses_is_told_with_its_setting() -> None:
+    config = parse({"model": {"name_or_path": "/" + "x" * 300}, "data": {"source": "stdlib"}}, "t")
+    with pytest.raises(ConfigError, match="model.name_or_path"):
+        plan(config)
+
+
+def test_a_long_name_of_the_hub_is_told_with_its_setting(tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="^data.source: 'xxx"):
+        texts("x" * 300, tokenizer)
 
 
 # -- what is too long ----------------------------------------------------------------------------

@@ -17,7 +17,9 @@ from fluvial.data import DataError
 from fluvial.data.files import known_encoding
 from fluvial.data.readers import read_file
 from fluvial.data.reading import Reading
+from fluvial.data.records import RecordReader, Text
 from fluvial.data.rows import Number
+from fluvial.errors import ConfigError
 
 HEAD = "prompt,completion\n"
 
@@ -123,17 +125,91 @@ def test_parquet_numbers_have_the_digits_of_their_type(tmp_path: Path) -> None:
     assert values(table, "float16") == [Number("0.1"), Number("2.0"), None]
 
 
-def test_a_parquet_value_that_python_has_no_type_for_names_its_column(tmp_path: Path) -> None:
+def test_nested_parquet_numbers_have_the_digits_of_their_type(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    when = pyarrow.array([2**60], type=pyarrow.timestamp("us"))
-    parquet.write_table(pyarrow.table({"text": ["x"], "when": when}), tmp_path / "a.parquet")
+    small = pyarrow.float32()
+    types = {
+        "list": (pyarrow.list_(small), [0.1, None]),
+        "fixed": (pyarrow.list_(pyarrow.float16(), 1), [0.1]),
+        "struct": (pyarrow.struct({"a": small, "b": pyarrow.float64()}), {"a": 0.1, "b": 0.1}),
+        "map": (pyarrow.map_(pyarrow.string(), small), [("k", 0.1)]),
+        "deep": (pyarrow.list_(pyarrow.struct({"a": pyarrow.large_list(small)})), [{"a": [0.1]}]),
+    }
+    columns = {
+        name: pyarrow.array([value, None], type=kind) for name, (kind, value) in types.items()
+    }
+    columns["shared"] = pyarrow.array([0.1, None], type=small).dictionary_encode()
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    first, second = read_file(tmp_path / "a.parquet", Reading()).rows
 
-    with pytest.raises(
-        DataError, match=r"a.parquet: column 'when' of type timestamp\[us\] .* remove the column"
+    tenth = Number("0.1")
+    assert first.fields == {
+        "list": [tenth, None],
+        "fixed": [tenth],
+        "struct": {"a": tenth, "b": tenth},
+        "map": [["k", tenth]],
+        "deep": [{"a": [tenth]}],
+        "shared": tenth,
+    }
+    assert set(second.fields.values()) == {None}
+
+
+def test_parquet_values_that_python_has_no_type_for_are_refused_where_they_are_needed(
+    tmp_path: Path,
+) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = {
+        "text": ["x", "y"],
+        "when": pyarrow.array([2**60, 1], type=pyarrow.timestamp("us")),
+        "seen": pyarrow.array([1, 2], type=pyarrow.timestamp("us", "Mars/X")),
+        "many": pyarrow.array([[1], None], type=pyarrow.list_(pyarrow.timestamp("us", "Mars/X"))),
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    table = read_file(tmp_path / "a.parquet", Reading())
+    assert values(table, "text") == ["x", "y"]
+
+    row = table.rows[0]
+    assert RecordReader("text", {}).read(row.place, row.fields).content == Text("x")
+    for column, kind in (("when", r"timestamp\[us\]"), ("seen", r"timestamp\[us, tz=Mars/X\]")):
+        with pytest.raises(
+            ConfigError, match=f"a.parquet, row 1: .*'{column}'.* is a value of type {kind}, which"
+        ):
+            RecordReader("text", {"text": column}).read(row.place, row.fields)
+
+
+def test_a_json_document_may_be_one_record(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    shared = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    for record in (
+        {"messages": turns},
+        {"site": "x", "messages": turns, "tags": ["a"], "scores": []},
+        {"conversations": shared},
+        {"prompt": "a", "completion": "b"},
+        {"prompt": "a", "completion": "b", "references": ["c"]},
     ):
-        read_file(tmp_path / "a.parquet", Reading())
+        table = read(tmp_path, "a.json", "\n" + json.dumps(record, indent=1))
+        assert [row.fields for row in table.rows] == [record]
+        assert lines(table) == [2]
+        assert table.columns == tuple(record)
+
+    for several in ({"messages": [{"text": "a"}]}, {"conversations": [{"messages": turns}]}):
+        (records,) = several.values()
+        table = read(tmp_path, "a.json", json.dumps(several))
+        assert [row.fields for row in table.rows] == records
+
+
+def test_a_header_may_begin_with_a_bracket_or_have_the_name_of_a_number(tmp_path: Path) -> None:
+    assert read(tmp_path, "a.csv", "[site],{x}\n1,2\n").columns == ("[site]", "{x}")
+    table = read(tmp_path, "a.csv", ",column 1,column 1 (no name)\n1,2,3\n")
+    assert dict(table.rows[0].fields) == {
+        "column 1 (no name) (no name)": "1",
+        "column 1": "2",
+        "column 1 (no name)": "3",
+    }
 
 
 def test_quotes_and_line_breaks_of_csv(tmp_path: Path) -> None:
@@ -299,6 +375,7 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.csv", b"\xd0\xcf\x11\xe0\xa1", "is an old Office file"),
     ("a.jsonl", "version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS"),
     ("a.csv", "<!DOCTYPE html><html>", "is a page of HTML"),
+    ("a.csv", ' {\n "a": 1}', "begins as JSON does; give it the suffix .json"),
     ("a.csv", '[{"a": 1}]', "begins as JSON does; give it the suffix .json"),
     (
         "a.csv",
@@ -357,11 +434,8 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{\n "a": 1\n}\n', "is one JSON document"),
     ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
     ("a.json", '{"train": [{}], "test": [{}]}', "has 2 lists, in the fields 'train', 'test'"),
-    (
-        "a.json",
-        '{"prompt": "a", "completion": "b"}',
-        "without a list of records .fields 'prompt', 'completion'",
-    ),
+    ("a.json", '{"a": "x", "b": 1}', "without a list of records .fields 'a', 'b'"),
+    ("a.json", '{"prompt": ["a"], "completion": ["b"]}', "has 2 lists, in the fields 'prompt'"),
     ("a.json", "[]", "holds no record"),
     ("a.json", "7", "has no list"),
     ("a.json", '[{"a": 1},\n 5]', "a.json, line 2 holds a single value"),

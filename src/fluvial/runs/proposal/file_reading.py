@@ -7,6 +7,7 @@ from fluvial.data.faults import DataError
 from fluvial.data.files import UTF8, read_text
 from fluvial.data.readers import READERS
 from fluvial.data.sources import DELIMITED, is_saved
+from fluvial.storage.files import exists
 
 MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DELIMITERS = (",", ";", "\t", "|")
@@ -15,7 +16,7 @@ DELIMITERS = (",", ";", "\t", "|")
 def usual_reading(path: Path) -> dict[str, str]:
     """Return encoding and delimiter of a file, or of the first file of a folder, where they are not
     the usual ones; they are proposals that the user sees."""
-    if path.is_dir() and is_saved(path):
+    if not exists(path) or (path.is_dir() and is_saved(path)):
         return {}
     path = _first(path)
     if not path.is_file() or path.suffix.lower() == ".parquet":
