@@ -5,10 +5,12 @@ import math
 import zlib
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors
 
 from fluvial.errors import WireError
 
@@ -124,6 +126,19 @@ class Layout:
         return dict(self.shapes)
 
     @cached_property
+    def _forms(self) -> list[tuple[int, ...]]:
+        return [shape for _, shape in self.shapes]
+
+    @cached_property
+    def _places(self) -> list[tuple[str, tuple[int, ...], tuple[int, ...], int]]:
+        """Name, shape, strides and first value of each tensor in a flattened vector."""
+        starts = accumulate(self.sizes, initial=0)
+        return [
+            (name, shape, torch.empty(shape, device="meta").stride(), start)
+            for (name, shape), start in zip(self.shapes, starts, strict=False)
+        ]
+
+    @cached_property
     def sizes(self) -> tuple[int, ...]:
         """Values of each tensor, in order."""
         return tuple(math.prod(shape) for _, shape in self.shapes)
@@ -147,18 +162,22 @@ class Layout:
         """Return one fp32 vector (numel,) in layout order; asserts that names and shapes are those
         of the layout."""
         assert tensors.keys() == self._by_name.keys(), "tensors of another layout"
-        assert all(tensors[name].shape == shape for name, shape in self.shapes), (
-            "tensors of another layout"
-        )
+        values = [tensors[name] for name in self.names]
+        assert [each.shape for each in values] == self._forms, "tensors of another layout"
 
-        return torch.cat([tensors[name].reshape(-1) for name in self.names]).detach().float()
+        if len(values) == 1:
+            return values[0].detach().float().reshape(-1).clone()  # no view of the update
+        vector: Tensor = _flatten_dense_tensors(values)  # type: ignore[no-untyped-call]
+        return vector.detach().float()
 
     def unflatten(self, vector: Tensor) -> Named:
-        """Invert `flatten`."""
-        pieces = vector.split_with_sizes(self.sizes)
+        """Invert `flatten`: views of a vector (numel,)."""
+        assert vector.shape == (self.numel,), "a vector of another layout"
+        vector = vector.contiguous()
+        start = vector.storage_offset()
         return {
-            name: piece.view(shape)
-            for (name, shape), piece in zip(self.shapes, pieces, strict=True)
+            name: vector.as_strided(shape, strides, start + offset)
+            for name, shape, strides, offset in self._places
         }
 
     def check(self, tensors: Named, what: str) -> None:

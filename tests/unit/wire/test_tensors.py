@@ -365,3 +365,22 @@ def test_streams_are_the_same_on_every_machine() -> None:
     """Published runs depend on these numbers; a change of `derive` changes every run."""
     assert seeds.derive(0) == 2033344993903900207
     assert seeds.derive(7, "train", 3, "site-1") == 1906183273524517718
+
+
+@pytest.mark.parametrize("names", [("a",), ("a", "b")])
+def test_a_flattened_update_shares_no_memory_with_it(names: tuple[str, ...]) -> None:
+    """Check that codecs may write into the vector, also where there is one tensor only."""
+    update = {name: torch.ones(3, 2) for name in names}
+    Layout.of(update).flatten(update).zero_()
+    assert all(bool((tensor == 1).all()) for tensor in update.values())
+
+
+def test_a_slice_of_a_longer_vector_is_unflattened() -> None:
+    """Check that tensors begin where the slice does."""
+    layout = Layout((("a", (2, 3)), ("b", (4,))))
+    whole = torch.arange(15.0)
+    tensors = layout.unflatten(whole[5:])
+    assert torch.equal(layout.flatten(tensors), whole[5:])
+    assert tensors["a"].tolist() == [[5, 6, 7], [8, 9, 10]]
+    with pytest.raises(AssertionError, match="another layout"):
+        layout.unflatten(whole)

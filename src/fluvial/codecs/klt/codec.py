@@ -186,16 +186,15 @@ class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
             vector.view(-1, self._piece), dim=1, dtype=torch.float64 if small else None
         )
 
-        return np.bincount(self._owner, norms.double().square().numpy(), self.num_groups).astype(
-            np.float64
-        )
+        squares = norms.numpy().astype(np.float64) ** 2
+        return np.bincount(self._owner, squares, self.num_groups).astype(np.float64)
 
     def parse(self, reader: Reader) -> Tensor:
         """Decode class by class, then apply centroids and the transpose of the transform."""
         side, runs, symbols, dither = self._read(reader)
         latent = np.zeros(self.layout.numel, np.float32)
         rest = self._scatter(symbols, runs, dither, float(np.exp2(side.step / 256)), latent)
-        columns = self._order.columns(side, rest=rest)
+        columns = self._order.columns(runs, rest=rest)
         return self.transform.inverse(torch.from_numpy(latent), columns=columns)
 
     def _scatter(
@@ -247,8 +246,8 @@ class Klt(AdaptiveTransformCodec, LatentCodec, RatedCodec):
 
         seed = int(reader.number("I")) if self._dithered else 0
         loud = int(reader.number("B")) + QUIET
-        packed = reader.array("u1", (self.num_groups + 1) // 2).astype(np.int32)
-        gains = np.stack([packed & 15, packed >> 4], axis=1).ravel()
+        packed = reader.take((self.num_groups + 1) // 2)
+        gains = np.array([half for two in packed for half in (two & 15, two >> 4)], np.int32)
 
         if gains[self.num_groups :].any():
             raise WireError("klt: padding of the gains is not zero")

@@ -2,6 +2,7 @@
 
 import math
 from functools import cached_property
+from itertools import accumulate, zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,7 +57,7 @@ class Encoder:
         loudness = OCTAVE / 2 * np.log2(np.maximum(energies, 1e-80) / order.expected)
         self.top = float(loudness.max())
         """Level of the loudest group against `fit`, in codes."""
-        gains = np.clip(np.rint((self.top - loudness) / CLASS), 0, QUIETEST)
+        gains = np.minimum(np.rint((self.top - loudness) / CLASS), QUIETEST)
         silent = energies <= (0 if order.dithered else _FAR * energies.max())
         self.gains = np.where(silent, SILENT, gains).astype(np.int32)
 
@@ -82,13 +83,11 @@ class Encoder:
     @cached_property
     def _histogram(self) -> Doubles:
         """Number of coefficients of each logarithm, gains counted in, from _LOWEST."""
-        histogram = np.zeros(2 * CODES + 1 + CLASS * QUIETEST)
-        for gain, counts in zip(self.gains.tolist(), self.order.histogram, strict=True):
-            if gain != SILENT:
-                start = CLASS * (QUIETEST - gain)
-                histogram[start : start + len(counts)] += counts
-
-        return histogram
+        groups, codes, counts = self.order.occupied
+        places = codes + CLASS * (QUIETEST - self.gains)[groups]
+        heard = np.where(self.gains == SILENT, 0.0, 1.0)[groups]
+        length = 2 * CODES + 1 + CLASS * QUIETEST
+        return np.bincount(places.clip(0), counts * heard, length).astype(np.float64)
 
     def sum_bits(self, bits: Doubles, loud: int) -> float:
         """Sum over all coefficients the `bits` for each logarithm of sigma / step from -REACH to
@@ -104,7 +103,7 @@ class Encoder:
             runs = order.runs(side)
 
             if self._vector is not None:
-                columns = order.columns(side, rest=order.needs_rest(side))
+                columns = order.columns(runs, rest=order.needs_rest(runs))
                 if (
                     self._latent is None
                     or self._columns is None
@@ -172,17 +171,17 @@ class Encoder:
         else:
             symbols = coded.symbols(step)
 
-        ends = np.cumsum(runs.sizes)
+        sizes = runs.sizes.tolist()
         coded_runs = [
             (symbols[end - size : end], table.model)
-            for end, size, table in zip(
-                ends.tolist(), runs.sizes.tolist(), self.tables.tables, strict=True
-            )
+            for end, size, table in zip(accumulate(sizes), sizes, self.tables.tables, strict=True)
             if size
         ]
         head = HEAD.pack(epoch, step) + (SEED.pack(seed) if order.dithered else b"")
-        gains = np.concatenate([self.gains, np.zeros(len(self.gains) % 2, np.int32)]).reshape(-1, 2)
-        packed = (gains[:, 0] | gains[:, 1] << 4).astype(np.uint8).tobytes()
+        gains = self.gains.tolist()
+        packed = bytes(
+            low | high << 4 for low, high in zip_longest(gains[::2], gains[1::2], fillvalue=0)
+        )
 
         return b"".join([head, bytes([self.loud - QUIET]), packed, entropy.encode_with(coded_runs)])
 

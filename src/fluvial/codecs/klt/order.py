@@ -27,6 +27,8 @@ Floats = NDArray[np.float32]
 
 _FEW = 0.01
 """Share of what is coded that may be sent as zeros to save half a transform."""
+_BEYOND = 1 << 20
+"""Codes that no coefficient reaches."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Runs:
     """Number of coefficients of each class."""
     where: NDArray[np.intp]
     """Index of each coefficient among those of `Transform`."""
+    faintest: NDArray[np.int64]
+    """Column of `above` of the faintest class that is coded, for each group (groups,)."""
     share: Floats | None = None
     """Probability with which each coefficient is sent, in mode "dithered"."""
 
@@ -83,17 +87,20 @@ class CoefficientOrder:
 
         cells = groups * (2 * CODES + 1) + spread + CODES
         counts = np.bincount(cells, minlength=self.num_groups * (2 * CODES + 1))
-        self.histogram = counts.reshape(self.num_groups, -1)
-        """Number of coefficients by group and logarithm (groups, 2 CODES + 1)."""
-        self.expected = (self.histogram * power(np.arange(-CODES, CODES + 1))).sum(1)
+        histogram = counts.reshape(self.num_groups, -1)
+        self.occupied = (*np.nonzero(histogram), histogram[histogram > 0])
+        """Group, logarithm + CODES and number of coefficients, of each pair that has any."""
+        self.expected = (histogram * power(np.arange(-CODES, CODES + 1))).sum(1)
         """Energy of each group (groups,), if all variances are those of `fit`."""
 
         self.above = np.zeros((self.num_groups, 2 * CODES + 2), np.int64)
         """Number of coefficients of a group with at least a logarithm, the column - CODES."""
-        self.above[:, :-1] = self.histogram[:, ::-1].cumsum(1)[:, ::-1]
+        self.above[:, :-1] = histogram[:, ::-1].cumsum(1)[:, ::-1]
         self._first = np.cumsum(self.above[:, 0]) - self.above[:, 0]
         self._groups = np.arange(self.num_groups)
         self._columns, self._beyond = self._reaches(factors, spread)
+        self._features = [batch.features for batch in transform.batches]
+        self._kept = [batch.kept for batch in transform.batches]
         least = FAINTEST if dithered else tables.low
         self._classes = CLASS * np.arange(least, HIGH + 1)[:, None] + CODES
         """Columns of `above` of the classes (classes, 1), if sigma were the step."""
@@ -136,28 +143,25 @@ class CoefficientOrder:
     def runs(self, side: ClassSide) -> Runs:
         """Return the coefficients that are coded, in wire order; in mode "dithered" all that may be
         drawn."""
-        cells = self._cells(side, self._classes)
+        cells = self._cells(side)
         if self.dithered:
             cells[0, side.gains != SILENT] = 0
 
         sizes, where = self._select(cells)
         if not self.dithered:
-            return Runs(sizes, where)
+            return Runs(sizes, where, cells[0])
 
         faint = self.tables.low - FAINTEST
         share = np.repeat(drawn(np.arange(-faint, len(sizes) - faint)), sizes).astype(np.float32)
-        return Runs(
-            np.append(sizes[: faint + 1].sum(), sizes[faint + 1 :]).astype(np.int32), where, share
-        )
+        merged = np.append(sizes[: faint + 1].sum(), sizes[faint + 1 :]).astype(np.int32)
+        return Runs(merged, where, cells[0], share)
 
-    def _cells(self, side: ClassSide, classes: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the columns of `above` for classes (classes, 1), by group (classes, groups); the
-        last one, without coefficients, for silent groups."""
-        cells = classes + (CLASS * side.gains - side.loud)
-        np.maximum(cells, 0, out=cells)
-        cells[:, side.gains == SILENT] = 2 * CODES + 1
-        np.minimum(cells, 2 * CODES + 1, out=cells)
-        return cells
+    def _cells(self, side: ClassSide) -> NDArray[np.int64]:
+        """Return the columns of `above` of every class by group (classes, groups); the last one,
+        without coefficients, for silent groups."""
+        lift = np.where(side.gains == SILENT, _BEYOND, CLASS * side.gains - side.loud)
+        cells: NDArray[np.int64] = np.maximum(self._classes + lift, 0)
+        return np.minimum(cells, 2 * CODES + 1, out=cells)
 
     def _select(self, cells: NDArray[np.int64]) -> tuple[Codes, NDArray[np.intp]]:
         """Return the number of coefficients of each class, and the place of each; `cells` (classes,
@@ -174,17 +178,16 @@ class CoefficientOrder:
         sizes = (above - louder).sum(1)
         return sizes.astype(np.int32), self.place[starts + np.arange(len(starts))]
 
-    def columns(self, side: ClassSide, *, rest: bool) -> list[int]:
+    def columns(self, runs: Runs, *, rest: bool) -> list[int]:
         """Return how many columns of each batch hold what is coded; without `rest`, of those that
         are published."""
-        most = [batch.features if rest else batch.kept for batch in self.transform.batches]
+        most = self._features if rest else self._kept
         if self.dithered:
             return most
-        (faintest,) = self._cells(side, self._classes[:1])
-        reached = self._columns[:, self._groups, faintest].max(1)
+        reached = self._columns[:, self._groups, runs.faintest].max(1)
         return [min(pair) for pair in zip(reached.tolist(), most, strict=True)]
 
-    def needs_rest(self, side: ClassSide) -> bool:
+    def needs_rest(self, runs: Runs) -> bool:
         """Return whether the directions that are not published must be coded.
 
         They are sent as zeros where they hold at most the share `_FEW` of the coded values; a
@@ -193,9 +196,8 @@ class CoefficientOrder:
         if self.dithered:
             return True
 
-        (faintest,) = self._cells(side, self._classes[:1])
-        cell = self._groups, faintest
-        return bool(self._beyond[cell].sum() > _FEW * self.above[cell].sum())
+        beyond = self._beyond[self._groups, runs.faintest].sum()
+        return bool(beyond > _FEW * len(runs.where))
 
 
 def draw_runs(runs: Runs, seed: int) -> tuple[NDArray[np.bool_], Runs, Floats]:
@@ -212,4 +214,5 @@ def draw_runs(runs: Runs, seed: int) -> tuple[NDArray[np.bool_], Runs, Floats]:
     sizes = runs.sizes.copy()
     sizes[0] = np.count_nonzero(sent[: sizes[0]])
 
-    return sent, Runs(sizes, runs.where[sent], runs.share[sent]), dither[sent]
+    drawn_runs = Runs(sizes, runs.where[sent], runs.faintest, runs.share[sent])
+    return sent, drawn_runs, dither[sent]

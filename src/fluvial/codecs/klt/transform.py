@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -60,12 +61,20 @@ class Transform:
             where = [i for basis in bases for i in members[basis]]
             self.batches.append(Batch(features, ranks, transposed, where, u, v))
 
-        rows = [batch.count * batch.rows for batch in self.batches]
-        self._sizes = [n * batch.features for n, batch in zip(rows, self.batches, strict=True)]
-        self._halves = [n * batch.kept for n, batch in zip(rows, self.batches, strict=True)]
-        self.num_tops = sum(self._halves)
-        self._halves += [x - top for x, top in zip(self._sizes, self._halves, strict=True)]
-        """Coefficients X U of every batch, then X R of every batch."""
+        top_sizes = [batch.count * batch.rows * batch.kept for batch in self.batches]
+        sizes = [batch.count * batch.rows * batch.features for batch in self.batches]
+        self.num_tops = sum(top_sizes)
+        rest_sizes = [size - top for size, top in zip(sizes, top_sizes, strict=True)]
+        self._starts = list(
+            zip(
+                accumulate(sizes, initial=0),
+                accumulate(top_sizes, initial=0),
+                accumulate(rest_sizes, initial=self.num_tops),
+                strict=True,
+            )
+        )[:-1]
+        """First value of every batch among those in order of the batches, and its first coefficient
+        of X U and of X R."""
         self.place = self._place(
             factors, [members[basis] for bases in kinds.values() for basis in bases]
         )
@@ -108,12 +117,10 @@ class Transform:
         if columns is None:
             columns = [batch.features if rest else batch.kept for batch in self.batches]
 
-        values = vector.view(-1, self._piece).index_select(0, self._order).view(-1)
+        values = vector.view(-1, self._piece).index_select(0, self._order)
         latent = torch.from_numpy(np.zeros(size, np.float32))
-        for batch, count, (x, top, others) in zip(
-            self.batches, columns, self._views(values, latent), strict=True
-        ):
-            batch.forward(x, _leading(top, count), others if count > batch.kept else None)
+        for batch, x, top, others in self._views(values, latent, columns):
+            batch.forward(x, top, others)
 
         return latent
 
@@ -126,34 +133,39 @@ class Transform:
                 for batch in self.batches
             ]
 
-        values = latent.new_empty(self._piece * len(self._order))
-        for batch, count, (x, top, others) in zip(
-            self.batches, columns, self._views(values, latent), strict=True
-        ):
-            batch.inverse(x, _leading(top, count), others if count > batch.kept else None)
+        latent = latent.contiguous()
+        values = latent.new_empty(len(self._order), self._piece)
+        for batch, x, top, others in self._views(values, latent, columns):
+            batch.inverse(x, top, others)
 
-        return values.view(-1, self._piece).index_select(0, self._back).view(-1)
+        return values.index_select(0, self._back).view(-1)
 
     def _views(
-        self, values: Tensor, latent: Tensor
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield for every batch X (count, rows, features), X U and X R, the last None if `latent`
-        has only `num_tops`."""
-        count = len(self.batches)
-        whole = latent.numel() > self.num_tops
-        halves = latent.split_with_sizes(self._halves if whole else self._halves[:count])
-        seconds = halves[count:] if whole else (None,) * count
-        xs = values.split_with_sizes(self._sizes)
+        self, values: Tensor, latent: Tensor, columns: Sequence[int]
+    ) -> Iterator[tuple["Batch", Tensor, Tensor, Tensor | None]]:
+        """Yield every batch with X (count, rows, features), the leading `columns` of X U, and X R,
+        which is None unless there are more columns than X U has."""
+        start = latent.storage_offset()
+        for batch, most, (x, top, rest) in zip(self.batches, columns, self._starts, strict=True):
+            count, rows, features, kept = batch.count, batch.rows, batch.features, batch.kept
+            strides = (1, rows) if batch.transposed else (features, 1)
+            others = (count, rows, features - kept)
+            yield (
+                batch,
+                values.as_strided((count, rows, features), (rows * features, *strides), x),
+                latent.as_strided(
+                    (count, rows, min(most, kept)), (rows * kept, kept, 1), start + top
+                ),
+                latent[rest : rest + math.prod(others)].view(others) if most > kept else None,
+            )
 
-        for batch, x, top, second in zip(self.batches, xs, halves[:count], seconds, strict=True):
-            form = (batch.count, batch.rows)
-            if batch.transposed:
-                x = x.view(batch.count, batch.features, batch.rows).mT
-            else:
-                x = x.view(*form, batch.features)
 
-            others = second if second is None else second.view(*form, batch.features - batch.kept)
-            yield x, top.view(*form, batch.kept), others
+def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write products of matrices; torch has a fast way into contiguous memory only."""
+    if out.is_contiguous():
+        torch.bmm(left, right, out=out)
+    else:
+        out.copy_(torch.bmm(left, right))
 
 
 def _leading(x: Tensor, count: int) -> Tensor:
@@ -207,26 +219,27 @@ class Batch:
     def forward(self, x: Tensor, top: Tensor, others: Tensor | None) -> None:
         """Fill in V' X U, as many columns as there are, and V' X R."""
         first = torch.bmm(x, _leading(self.u, top.shape[2]))
-        top.copy_(torch.bmm(self._v_back, first))
+        _multiply(self._v_back, first, top)
 
-        if others is not None and others.numel():
+        if others is not None:
             z, m = self._completion
             leading, rest = x.split_with_sizes(self._columns, 2)
             y = torch.bmm(torch.bmm(leading, z).add_(first), m)
-            second = rest - torch.bmm(y, self._lower_back)
-            others.copy_(torch.bmm(self._v_back, second))
+            second = torch.bmm(y, self._lower_back)
+            torch.sub(rest, second, out=second)
+            _multiply(self._v_back, second, others)
 
     def inverse(self, x: Tensor, top: Tensor, others: Tensor | None) -> None:
         """Fill in X."""
         first = torch.bmm(self.v, top)
-        if others is None or not others.numel():
-            x.copy_(torch.bmm(_leading(self.u, top.shape[2]), first.mT).mT)
+        if others is None:
+            _multiply(_leading(self.u, top.shape[2]), first.mT, x.mT)
             return
 
         second = torch.bmm(self.v, others)
         z, m = self._completion
         y = torch.bmm(torch.bmm(second, self._lower), m)
-        x.copy_(torch.bmm(self.u, (first - y).mT).mT)
+        _multiply(self.u, (first - y).mT, x.mT)
         leading, rest = x.split_with_sizes(self._columns, 2)
         leading -= torch.bmm(y, z.mT)
         rest += second
