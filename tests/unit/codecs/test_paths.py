@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from functools import partial
@@ -241,3 +242,18 @@ def test_a_codec_is_loaded_by_a_small_update(monkeypatch: pytest.MonkeyPatch) ->
     layout = Layout(tuple((f"{number:02d}", (256, 64)) for number in range(80)))
     loaded(TrellisSettings(rate=64), layout)
     assert coded == [2**16]
+
+
+def test_a_search_holds_one_copy_of_its_values_at_a_time() -> None:
+    """Check the memory: 8 bytes a value of what is decoded, and the path."""
+    values = np.random.default_rng(0).standard_normal(1 << 18)
+    bits = len(values) // 2
+    paths.search(values, bits, 6)  # what is made once
+    tracemalloc.start()
+    try:
+        paths.search(values, bits, 6)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 9 * len(values) + 2 * bits

@@ -167,8 +167,8 @@ def search(
 
     padded = np.zeros(plan.blocks * plan.length, dtype=np.float32)
     np.divide(values, scale, out=padded[: plan.size], casting="same_kind")
-    rows = padded.reshape(plan.blocks, plan.length)
-    path = best_path(rows, plan, memory, device)
+    path = best_path(padded.reshape(plan.blocks, plan.length), plan, memory, device)
+    del padded  # its memory serves what is decoded
 
     decoded = follow(path, plan, memory)
     decoded *= scale

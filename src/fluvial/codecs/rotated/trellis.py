@@ -95,7 +95,8 @@ class Trellis(RatedCodec):
         groups = self._parted(vector.cpu())
         top, lower = _loudness(groups, self._sizes)
         bits = self._allocate(lower)
-        paths = []
+        paths = np.zeros(8 * self._room, np.uint8)
+        end = 0
         product = 0.0
         energy = 0.0
 
@@ -106,14 +107,15 @@ class Trellis(RatedCodec):
             )
             product += of_product
             energy += of_energy
-            paths.append(path)
+            paths[end : end + len(path)] = path
+            end += len(path)
 
         gain = int(np.clip(np.rint(_GAIN * product / energy), 0, 255)) if energy > 0 else 0
 
         return (
             _HEAD.pack(seed, gain, top)
             + lower.astype(np.uint8).tobytes()
-            + np.packbits(np.concatenate(paths)).tobytes()
+            + np.packbits(paths[:end]).tobytes()
         )
 
     def _path(
