@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from fluvial.data.faults import shown
@@ -90,7 +91,10 @@ def split(
     if partition.sites > count:
         raise ConfigError(f"data.partition.sites={partition.sites}: there are only {count} records")
 
-    parts = _drawn(classes, count, partition, seed)
+    if isinstance(partition, Iid):
+        parts = _even(count, partition.sites, seed)
+    else:
+        parts = _drawn(classes, count, partition, seed)
     width = len(str(len(parts) - 1))
     return {f"site-{number:0{width}}": part for number, part in enumerate(parts)}
 
@@ -109,8 +113,17 @@ def _by_class(classes: Sequence[str], largest: int | None) -> dict[str, list[int
     return {name: named[name] for name in sorted(kept)}
 
 
+def _even(count: int, sites: int, seed: int) -> list[list[int]]:
+    """Return shuffled parts of equal size; the first ones have one record more where need be.
+
+    They are those of flwr-datasets, without its import, which takes longer than a small run.
+    """
+    parts = np.array_split(np.random.default_rng(seed).permutation(count), sites)
+    return [part.tolist() for part in parts]
+
+
 def _drawn(
-    classes: Sequence[str] | None, count: int, partition: Drawn, seed: int
+    classes: Sequence[str] | None, count: int, partition: Dirichlet | Shards, seed: int
 ) -> list[list[int]]:
     """Return the parts that a partitioner of flwr-datasets makes, a package that needs `datasets`
     and not flwr (docs/decisions/0005-partitioners.md)."""
@@ -122,12 +135,7 @@ def _drawn(
     )
     chosen: Any
 
-    if isinstance(partition, Iid):
-        dataset = dataset.shuffle(
-            seed=seed
-        )  # flwr-datasets' IID split takes records in their order
-        chosen = flower.IidPartitioner(partition.sites)
-    elif isinstance(partition, Dirichlet):
+    if isinstance(partition, Dirichlet):
         chosen = flower.DirichletPartitioner(
             partition.sites, CLASS, partition.alpha, partition.min_records, seed=seed
         )

@@ -7,7 +7,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
+from flwr_datasets.partitioner import IidPartitioner
 from pydantic import ValidationError
 
 from fluvial.data import (
@@ -517,6 +519,15 @@ def test_natural_sites_bear_the_values_of_the_column() -> None:
         "north",
         "south",
     ]
+
+
+@pytest.mark.parametrize(("count", "sites", "seed"), [(60, 7, 0), (8, 8, 5), (461, 3, 2**32 - 1)])
+def test_even_parts_are_those_of_flwr_datasets(count: int, sites: int, seed: int) -> None:
+    dataset = datasets.Dataset.from_dict({"record": range(count)}).shuffle(seed=seed)
+    partitioner = IidPartitioner(sites)
+    partitioner.dataset = dataset
+    expected = [list(partitioner.load_partition(number)["record"]) for number in range(sites)]
+    assert list(split(None, count, Iid(sites=sites), seed).values()) == expected
 
 
 def test_iid_shares_are_equal_and_shards_are_skewed() -> None:
