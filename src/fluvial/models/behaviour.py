@@ -46,7 +46,8 @@ def check_behaviour(model: nn.Module, name: str) -> None:
     if not bool(logits[0].isfinite().all()):
         raise ConfigError(
             f"{where}: the model's values are not finite in {next(model.parameters()).dtype}; if "
-            "the folder has another type, set model.dtype to it, else copy the folder again"
+            "the folder has another type, set model.dtype to it, else copy the folder again, "
+            "config.json too, whose numbers may be wrong"
         )
 
     first, second = (rows[:, :-1].float() for rows in logits)

@@ -16,10 +16,13 @@ from torch import nn
 
 from fluvial import caller
 from fluvial.errors import ConfigError
+from fluvial.models.architectures import refuse_architecture
+from fluvial.models.config_values import check_generation, check_numbers
 from fluvial.models.hf import PretrainedConfig, PreTrainedModel
 from fluvial.models.network import reachable_hub
 from fluvial.models.quantisation import Format, LayerFormat, Quantisation
 from fluvial.models.stored import FLOATS, first_line, stored_tensors
+from fluvial.models.untied import stores_another_head
 from fluvial.settings import Settings
 from fluvial.storage.files import exists, read_object
 
@@ -193,19 +196,25 @@ def read_config(config: ModelConfig) -> PretrainedConfig:
     """Return the base's own configuration, from its folder.
 
     Raises `ConfigError` unless it is a causal language model with float weights that transformers
-    has: for an adapter, remote code, an encoder, a quantised model.
+    has: for an adapter, remote code, an encoder, a quantised model, or numbers that no model has. A
+    folder that stores a head of its own has an untied one, whatever config.json says, as in
+    transformers.
     """
     from transformers import AutoConfig
 
     _refuse_folder(config)
     base_config = from_hub(AutoConfig.from_pretrained, config, trust_remote_code=False)
-    _refuse_config(config, base_config)
+    refuse_architecture(base_config, f"model.name_or_path={config.name_or_path!r}")
+    folder = local_folder(config)
+    untied = folder is not None and stores_another_head(folder, base_config)
 
     for settings in (base_config, base_config.get_text_config()):
         # What a forward pass returns beside logits is no part of a model.
         settings.return_dict = True
         settings.output_attentions = False
         settings.output_hidden_states = False
+        if untied:
+            settings.tie_word_embeddings = False
 
     return base_config
 
@@ -255,67 +264,8 @@ def _refuse_folder(config: ModelConfig) -> None:
             f"{where}: config.json names no 'model_type', so it is not of transformers' form"
         )
 
-
-_READS_BOTH_WAYS = ("xlnet", "xlm", "flaubert", "cpmant")
-"""Model types whose language models attend to later tokens, whatever their settings."""
-
-_SEEDS_ITSELF = ("reformer",)
-"""Model types whose backward pass draws from the process-wide random generator."""
-
-_ENCODERS = (
-    *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie"),
-    *("megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer"),
-    *("xlm-roberta", "xlm-roberta-xl", "xmod"),
-)
-"""Model types that are causal only where their configuration says `is_decoder`."""
-
-
-def _refuse_config(config: ModelConfig, base_config: PretrainedConfig) -> None:
-    from transformers import AutoModelForCausalLM
-
-    where = f"model.name_or_path={config.name_or_path!r}"
-    kind = base_config.model_type
-
-    if getattr(base_config, "is_encoder_decoder", False):
-        raise ConfigError(
-            f"{where}: {kind!r} is an encoder-decoder; only causal (decoder-only) language models "
-            "are tuned"
-        )
-
-    if type(base_config) not in AutoModelForCausalLM._model_mapping:
-        raise ConfigError(
-            f"{where}: transformers has no causal language model of the type {kind!r}"
-        )
-
-    if kind in _SEEDS_ITSELF:
-        raise ConfigError(
-            f"{where}: {kind!r} sets the process-wide random generator by itself while it trains, "
-            "so that no run could be repeated"
-        )
-
-    if kind in _READS_BOTH_WAYS:
-        raise ConfigError(
-            f"{where}: {kind!r} attends to later tokens, so predicting the next one is no task for "
-            "it"
-        )
-
-    if kind in _ENCODERS and not base_config.is_decoder:
-        raise ConfigError(
-            f"{where}: {kind!r} attends to later tokens, because config.json has is_decoder = "
-            "false; set it to true for a causal language model"
-        )
-
-    quantised = getattr(base_config, "quantization_config", None)
-    if quantised is not None:
-        method = (
-            quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        )
-        raise ConfigError(
-            f"{where}: its weights are quantised ({getattr(method, 'value', method)}, by "
-            "quantization_config in config.json), and only float weights are tuned and measured; "
-            "name the model it was made from, which model.quantization quantises when it is "
-            "loaded, or dequantise it and save it anew"
-        )
+    check_numbers(stored, folder / "config.json")
+    check_generation(folder)
 
 
 _PRECISIONS = {

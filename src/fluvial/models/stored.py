@@ -127,7 +127,7 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
         entries.pop("__metadata__", None)
         tensors = {
             str(name): torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
-            for name, entry in entries.items()
+            for name, entry in sorted(entries.items())  # the order in which transformers reads
         }
         sizes = {
             name: entry["data_offsets"][1] - entry["data_offsets"][0]

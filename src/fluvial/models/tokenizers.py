@@ -3,6 +3,8 @@
 transformers is imported where a tokenizer is loaded, so that other commands answer at once.
 """
 
+from typing import NoReturn
+
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.pretrained import ModelConfig, from_hub, local_folder, num_embeddings
@@ -15,6 +17,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     _refuse_without_tokenizer(config)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
     tokenizer.padding_side = "right"
+    _check_values(tokenizer, config)
+    _drop_absent_tokens(tokenizer)
 
     if tokenizer.eos_token_id is None:
         raise ConfigError(
@@ -26,6 +30,34 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
 
     return tokenizer
+
+
+def _check_values(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Raise `ConfigError` for a value of tokenizer_config.json with which no text can be read."""
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        _refuse_value(config, "model_max_length", longest, "a number of tokens above 0")
+
+    template = tokenizer.chat_template
+    if template is not None and not isinstance(template, str | dict):
+        _refuse_value(config, "chat_template", template, "the text of a template")
+
+
+def _refuse_value(config: ModelConfig, key: str, value: object, expected: str) -> NoReturn:
+    raise ConfigError(
+        f"model.name_or_path={config.name_or_path!r}: {key} in tokenizer_config.json is "
+        f"{value!r:.80}, expected {expected}; correct it there, or copy the file again"
+    )
+
+
+def _drop_absent_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give up special tokens whose text is not in the vocabulary, such as an empty one, to which
+    transformers gives the id of the unknown token."""
+    for name in ("eos_token", "bos_token", "pad_token"):
+        text = getattr(tokenizer, name)
+        unknown = getattr(tokenizer, f"{name}_id") == tokenizer.unk_token_id
+        if text is not None and (text == "" or (unknown and text != tokenizer.unk_token)):
+            setattr(tokenizer, name, None)
 
 
 TOKENIZER_FILES = (
