@@ -61,8 +61,11 @@ def chat(
         typer.Option(min=0, max=MAX_SEED, help="Seed of the draws, the same for both models."),
     ] = 0,
     template: Annotated[
-        Literal["auto", "chat", "plain"],
-        typer.Option(help="The tokenizer's chat template, or the bare text; auto: if it has one."),
+        Literal["auto", "chat", "none"],
+        typer.Option(
+            help="chat: by the chat template; none: the bare text; auto: as most records of the "
+            "run were, or by the template if there is one."
+        ),
     ] = "auto",
     overrides: Overrides = None,
     format: Format = "table",
@@ -86,9 +89,8 @@ def chat(
 
     sampling = Sampling(max_new_tokens or chat.max_new_tokens, temperature, seed)
     with chat:
-        way = "its chat template" if chat.chats else "plain text, which is continued"
         keys = f"; {NEW} begins a new conversation, Ctrl-D ends" if talks else ""
-        err.print(f"[dim]with {way}{keys}[/]")
+        err.print(f"[dim]{chat.way}{keys}[/]")
         for text in [prompt] if prompt is not None else _prompts(talks):
             if text.strip() == NEW:
                 for speaker in chat.speakers:

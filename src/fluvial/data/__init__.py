@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fluvial.data.faults import DataError
     from fluvial.data.overlap import Overlap, independent
     from fluvial.data.records import Numbers
-    from fluvial.data.templates import inlined_template, with_template
+    from fluvial.data.templates import inlined_templates, with_template
     from fluvial.data.texts import POOLED, SiteData, SiteTexts
     from fluvial.data.tokenise import Tokenized, tokenize
     from fluvial.data.whole import Whole, read_whole
@@ -32,7 +32,7 @@ __all__ = [
     "Tokenized",
     "Whole",
     "independent",
-    "inlined_template",
+    "inlined_templates",
     "read_whole",
     "tokenize",
     "with_template",

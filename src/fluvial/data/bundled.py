@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from fluvial.data import keywords, stdlib
 from fluvial.data.config import BUNDLED
+from fluvial.data.examples import Example
 from fluvial.data.forms import Form
 from fluvial.data.records import Record, Text
 
@@ -45,3 +46,14 @@ SOURCES = {
 """Each bundled source by its name."""
 
 assert tuple(SOURCES) == BUNDLED, "each bundled source has records"
+
+
+def even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:
+    """Join packages into `parts` groups of like size; the next package joins the smallest group."""
+    groups: list[tuple[list[str], list[Example]]] = [([], []) for _ in range(parts)]
+    for name in sorted(packages, key=lambda name: (-len(packages[name]), name)):
+        names, examples = min(groups, key=lambda group: len(group[1]))
+        names.append(name)
+        examples += packages[name]
+
+    return {names[0]: examples for names, examples in groups if examples}

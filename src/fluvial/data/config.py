@@ -50,6 +50,8 @@ class SiteDataSettings(SourceSettings):
     """Settings of `heldout_source`, where they differ."""
     numbers: Numbers | None = None
     """Treatment of JSON numbers where a text is needed: "refuse" or "text"."""
+    chat_template: str | None = None
+    """Chat template of the site's conversations, in place of that of [data]."""
 
 
 class DataConfig(Settings):

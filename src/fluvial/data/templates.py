@@ -11,6 +11,7 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from fluvial.data.config import DataConfig
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -143,6 +144,23 @@ def inlined_template(chosen: str, folder: Path) -> str:
         raise ConfigError(f"data.chat_template: {str(path)!r} holds no Jinja template")
 
     return text
+
+
+def inlined_templates(config: DataConfig) -> DataConfig:
+    """Return the settings with the text of each chat template's file in place of its name, see
+    `inlined_template`; paths are relative to the working directory."""
+    chosen = config.chat_template
+    changes: dict[str, object] = {}
+    if chosen is not None:
+        changes["chat_template"] = inlined_template(chosen, Path())
+    own = {
+        name: table.model_copy(update={"chat_template": inlined_template(template, Path())})
+        for name, table in config.by_site.items()
+        if (template := table.chat_template) is not None
+    }
+    if own:
+        changes["by_site"] = {**config.by_site, **own}
+    return config.model_copy(update=changes) if changes else config
 
 
 def with_template(

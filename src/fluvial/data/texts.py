@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from fluvial.data.bundled import SOURCES
+from fluvial.data.bundled import SOURCES, even_parts
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
 from fluvial.data.faults import Faults, are, listed, shown
@@ -13,7 +13,8 @@ from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.packing import pack
 from fluvial.data.partition import Iid, split
-from fluvial.data.records import Record, Text
+from fluvial.data.record_kinds import PROMPT, TEXT, commonest, has_chats
+from fluvial.data.records import Record
 from fluvial.data.site_names import check_names, chosen
 from fluvial.data.site_records import SiteRecords
 from fluvial.data.templates import with_template, writes_date
@@ -176,7 +177,7 @@ class SiteTexts:
             faults.add(
                 refusal(
                     surplus,
-                    self._tokenizing,
+                    self._tokenizing(),
                     records,
                     {shown(site): n for site, n in refused.items()},
                 )
@@ -195,6 +196,12 @@ class SiteTexts:
             *leaks.remarks("data.by_site.{}" if self.config.by_site else "data"),
         ]
 
+    def mostly(self) -> str:
+        """Return what most records of all sites are: `CHAT`, `PROMPT` or `TEXT`."""
+        if self._parts is None:
+            return TEXT if self.forms == {"text"} else PROMPT
+        return commonest(r for parts in self._parts.values() for some in parts for r in some)
+
     def idle(self) -> dict[str, str]:
         """Return the settings that change nothing in records of these forms, by their place, and
         why; after `check`, which reads all of them."""
@@ -204,6 +211,9 @@ class SiteTexts:
             idle = dict.fromkeys(("data.loss_on", "data.overlong"), "all records are plain text")
         if not forms & CONVERSATIONS:
             idle["data.chat_template"] = "no record is a conversation"
+        for name, own in self.config.by_site.items():
+            if name in self.names and own.chat_template and not self._has_chats(name):
+                idle[f"data.by_site.{name}.chat_template"] = "no record of it is a conversation"
         if not self.num_questions:
             idle["evaluate.max_new_tokens"] = "no held-out record has a question"
 
@@ -228,24 +238,26 @@ class SiteTexts:
                 f"(data.overlong; the longest has {surplus.longest} tokens)"
             )
 
-        if writes_date(self.tokenizer) and self._has_chats():
+        if writes_date(self.tokenizer) and self._has_chats(self.names[0]):
             remarks.append(
                 "the chat template writes today's date; it is given 26 July 2024 on every day"
             )
 
         return remarks
 
-    def _has_chats(self) -> bool:
-        first = next(iter((self._parts or {}).values()), ((), ()))[0]
-        return bool(first) and not isinstance(first[0].content, Text)
+    def _has_chats(self, name: str | None = None) -> bool:
+        site = self.names[0] if name is None else name
+        return any(map(has_chats, self._records_of(site)))
 
     # -- tokens -----------------------------------------------------------------------------------
     # -------------
 
-    @property
-    def _tokenizing(self) -> Tokenizing:
+    def _tokenizing(self, site: str | None = None) -> Tokenizing:
+        """Return what makes sequences of the records of a site, or of public text."""
         config = self.config
-        return Tokenizing(self.tokenizer, config.max_length, config.loss_on, config.overlong)
+        own = None if site is None else config.by_site.get(site)
+        tokenizer = with_template(self.tokenizer, None if own is None else own.chat_template)
+        return Tokenizing(tokenizer, config.max_length, config.loss_on, config.overlong)
 
     def _sequences(self, examples: list[Example]) -> list[Example]:
         """Return `examples` as they are trained on; what is measured is never packed."""
@@ -253,7 +265,8 @@ class SiteTexts:
 
     def _tokenise(self, name: str) -> _Tokens:
         train, heldout = self._records_of(name)
-        return _Tokens(self._tokenizing(train), self._tokenizing(heldout))
+        tokenizing = self._tokenizing(name)
+        return _Tokens(tokenizing(train), tokenizing(heldout))
 
     def _records_of(self, name: str) -> tuple[Sequence[Record], Sequence[Record]]:
         """Return the records of one site: to train on, and held out."""
@@ -275,7 +288,7 @@ class SiteTexts:
         surplus = tokens.surplus
 
         if surplus.refused:
-            faults.add(refusal(surplus, self._tokenizing, train.records + heldout.records, {}))
+            faults.add(refusal(surplus, self._tokenizing(), train.records + heldout.records, {}))
 
         self._own_faults(name, tokens, faults)
         faults.raise_any()
@@ -332,9 +345,9 @@ class SiteTexts:
         Raise `ConfigError` when the configuration names no public text.
         """
         if self._bundled is not None and self.config.public_source is None:
-            return _even_parts(
+            return even_parts(
                 {
-                    name: self._sequences(self._tokenizing(records).examples)
+                    name: self._sequences(self._tokenizing()(records).examples)
                     for name, records in self._bundled.public().items()
                 }
             )
@@ -351,7 +364,7 @@ class SiteTexts:
             None, len(records), Iid(sites=min(8, len(records))), derive(self.seed, "public") % 2**32
         )
         tokens = {
-            name: self._tokenizing([records[number] for number in numbers])
+            name: self._tokenizing()([records[number] for number in numbers])
             for name, numbers in parts.items()
         }
         faults = Faults()
@@ -363,7 +376,7 @@ class SiteTexts:
 
         if surplus.refused:
             faults.add(
-                f"data.public_source: {refusal(surplus, self._tokenizing, len(records), {})}"
+                f"data.public_source: {refusal(surplus, self._tokenizing(), len(records), {})}"
             )
 
         faults.raise_any()
@@ -379,14 +392,3 @@ def _unasked(questions: dict[str, int]) -> list[str]:
         f"no exact match of the run, since held-out records of {listed(without)} have no question: "
         "plain text, or conversations without a last turn of the assistant after another turn"
     ]
-
-
-def _even_parts(packages: dict[str, list[Example]], parts: int = 8) -> dict[str, list[Example]]:
-    """Join packages into `parts` groups of like size; the next package joins the smallest group."""
-    groups: list[tuple[list[str], list[Example]]] = [([], []) for _ in range(parts)]
-    for name in sorted(packages, key=lambda name: (-len(packages[name]), name)):
-        names, examples = min(groups, key=lambda group: len(group[1]))
-        names.append(name)
-        examples += packages[name]
-
-    return {names[0]: examples for names, examples in groups if examples}

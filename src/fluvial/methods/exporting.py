@@ -79,7 +79,9 @@ def export_weights(reporting: Reporting, state: Named) -> str:
     if (pool.full and norm(state) == 0) or not has_effect(pool, state, probe):
         logger.warning(UNCHANGED)
 
-    save = partial(save_weights, pool, state, template=reporting.data.chat_template)
+    save = partial(
+        save_weights, pool, state, template=exported.chat_template(reporting.settings["data"])
+    )
     return _write("model" if pool.full else "adapter", reporting, save)
 
 

@@ -7,18 +7,21 @@ from typing import Any, Literal
 
 from fluvial.data import with_template
 from fluvial.data.chat import chat_prompt
+from fluvial.data.record_kinds import CHAT
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.pool import ModelPool
 from fluvial.models.streaming import Sampling, stream
 from fluvial.runs.evaluation import evaluation_settings, run_settings
+from fluvial.storage import exported
 from fluvial.training.folders import kind_of, read_adapter_folder, weights_in
 from fluvial.training.opened import open_weights
 from fluvial.wire.tensors import Named
 
-Template = Literal["auto", "chat", "plain"]
-"""The tokenizer's chat template if there is one ("auto"), that template, or the bare text."""
+Template = Literal["auto", "chat", "none"]
+"""The form of most records of the run, and without a run the chat template if there is one
+("auto"); the chat template; or the bare text."""
 
 
 class Speaker:
@@ -49,7 +52,7 @@ class Speaker:
         """
         turns = [*self._turns, {"role": "user", "content": text}]
         prompt = (
-            chat_prompt(turns, self._tokenizer, "use --template plain")
+            chat_prompt(turns, self._tokenizer, "use --template none")
             if self._chats
             else Encoder.of(self._tokenizer).prompt(text)
         )
@@ -107,11 +110,16 @@ class Chat:
             states = {"base": pool.base_state(), "tuned": tuned}
 
         written = run.get("data", {}).get("chat_template")
+        mostly = run.get(exported.MOSTLY)
         tokenizer = with_template(pool.tokenizer, written) if written else pool.tokenizer
         pool.check_behaviour()
         self.max_new_tokens = settings.evaluate.max_new_tokens or Sampling.max_new_tokens
         """Tokens of an answer at most, as the run that made the weights has it."""
-        self.chats = _chats(tokenizer, template, name)
+        self.chats = _chats(tokenizer, template, name, mostly)
+        self.way = "with its chat template" if self.chats else "the bare text is continued"
+        """How a prompt is put, and why, in words."""
+        if template == "auto" and mostly is not None:
+            self.way += f", as most records of the run were: {mostly}"
         self.speakers = [
             Speaker(
                 each,
@@ -138,10 +146,14 @@ def _for_chat(table: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     return {**table, "evaluate": run.get("evaluate", {})}
 
 
-def _chats(tokenizer: PreTrainedTokenizerBase, template: Template, name: str) -> bool:
+def _chats(
+    tokenizer: PreTrainedTokenizerBase, template: Template, name: str, mostly: str | None
+) -> bool:
     has = bool(getattr(tokenizer, "chat_template", None))
     if template == "chat" and not has:
         raise ConfigError(
-            f"--template chat: the tokenizer of {name} has no chat template; use --template plain"
+            f"--template chat: the tokenizer of {name} has no chat template; use --template none"
         )
-    return has and template != "plain"
+    if template == "auto" and mostly not in (None, CHAT):
+        return False
+    return has and template != "none"

@@ -12,7 +12,7 @@ from pydantic import Field
 from fluvial import caller
 from fluvial.codecs import CodecConfig, CodecSettings, must_learn
 from fluvial.codecs.quantise import IdentitySettings
-from fluvial.data import DataConfig, inlined_template
+from fluvial.data import DataConfig, inlined_templates
 from fluvial.errors import ConfigError
 from fluvial.federation.config import FleetConfig
 from fluvial.methods import METHODS, Baseline, Method, MethodConfig
@@ -328,11 +328,8 @@ def load(
 def with_chat_template(config: RunConfig) -> RunConfig:
     """Return `config` with the text of the chat template's file, so that a site needs no file of
     the server's."""
-    chosen = config.data.chat_template
-    if chosen is None:
-        return config
-    data = config.data.model_copy(update={"chat_template": inlined_template(chosen, Path())})
-    return config.model_copy(update={"data": data})
+    data = inlined_templates(config.data)
+    return config if data is config.data else config.model_copy(update={"data": data})
 
 
 def parse(table: dict[str, Any], where: str, *, kind: type[RunConfig] | None = None) -> RunConfig:

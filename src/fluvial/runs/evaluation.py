@@ -291,8 +291,8 @@ def how_records_are_read(
 
 
 def _template_words(template: str | None, form: str) -> str:
-    """Return which chat template renders the records: none unless one is a conversation, which a
+    """Return which chat template renders the records; none unless one is a conversation, which a
     tokenizer without a template refuses."""
-    if template:
-        return "template of the run"
-    return "template of the tokenizer" if CONVERSATIONS & set(form.split(", ")) else "no template"
+    if not CONVERSATIONS & set(form.split(", ")):
+        return "no chat template, which conversations alone have"
+    return "template of the run" if template else "template of the tokenizer"

@@ -30,7 +30,15 @@ from fluvial.runs.model_card import Described, Form, base_name, model_card
 from fluvial.runs.site_weights import kept_by, site_weights
 from fluvial.storage import exported, toml
 from fluvial.storage.files import writing
-from fluvial.storage.run_files import COMPARE, CONFIG, EXPORTS, JsonObject, anew, read_run
+from fluvial.storage.run_files import (
+    COMPARE,
+    CONFIG,
+    EXPORTS,
+    JsonObject,
+    anew,
+    read_run,
+    with_description,
+)
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
 from fluvial.training.opened import check_base
 
@@ -124,7 +132,8 @@ def export_run(
                 _copy(weights, draft, all_but=("README.md", exported.FILE))
 
             readings = toml.read(DataConfig, config["data"], str(folder)).readings()
-            exported.write(draft, __version__, _named(config, name), readings=readings)
+            named = _named(with_description(run), name)
+            exported.write(draft, __version__, named, readings=readings)
 
             prints = fingerprints(pool)
             facts = {
@@ -234,7 +243,7 @@ def _write_merged(
     assert adapter is not None, "where weights are tuned, nothing is merged"
     assert adapter.lora is not None, "an adapter has its settings"
     check = merge(pool.config, adapter.lora, adapter.tensors, draft, dtype)
-    template = config["data"].get("chat_template")
+    template = exported.chat_template(config["data"])
     tokenizer = pool.tokenizer if template is None else with_template(pool.tokenizer, template)
     tokenizer.save_pretrained(str(draft))
     return check

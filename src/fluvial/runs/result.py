@@ -16,6 +16,7 @@ from fluvial.methods.interface import Export, Measures, Traits
 from fluvial.methods.measuring import SiteMeasures, Texts
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
+from fluvial.storage.exported import MOSTLY
 from fluvial.storage.run_files import COMPARE, DESCRIBED, DESCRIPTION, read_result
 
 BytesByKind = Mapping[Kind, int]
@@ -112,11 +113,14 @@ def coding_of(config: RunConfig) -> str | None:
     return config.coding.name if config.entry.traits.sends == "codec" else None
 
 
-def recorded(config: RunConfig, baselines: Sequence[RunConfig]) -> dict[str, Any]:
+def recorded(config: RunConfig, baselines: Sequence[RunConfig], texts: Texts) -> dict[str, Any]:
     """Return the content of config.json: the resolved configuration, and the description of the run
-    with those of its `baselines` and with what was set."""
+    with those of its `baselines`, with what was set, and with what most records are where they are
+    known."""
+    mostly = {MOSTLY: texts.mostly()} if isinstance(texts, SiteTexts) else {}
     description = {
         **description_of(config),
+        **mostly,
         "compare": {each.method.name: description_of(each) for each in baselines},
         "set": config.model_dump(mode="json", exclude_unset=True),
     }

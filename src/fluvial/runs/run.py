@@ -127,7 +127,7 @@ def execute(
             logger.warning("%s", remark)
 
         if read_result(folder) is None:  # the digests of a finished run know its files
-            main.write_json(CONFIG, recorded(config, [each for each, _ in baselines]))
+            main.write_json(CONFIG, recorded(config, [each for each, _ in baselines], known))
         own_models: OwnModels | None = None
         for number, ((each, path), own) in enumerate(zip(runs, pools, strict=True)):
             logger.info("%s: run %d of %d", each.method.name, number + 1, len(runs))
@@ -379,7 +379,7 @@ class Run:
         config = self.config
         promise = config.promise
         return Reporting(
-            settings=config.resolved(),
+            settings=recorded(config, (), self.texts),
             rounds=config.rounds,
             evaluate=config.evaluate,
             data=config.data,

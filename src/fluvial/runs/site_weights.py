@@ -17,7 +17,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.storage import exported, toml
-from fluvial.storage.run_files import JsonObject
+from fluvial.storage.run_files import JsonObject, with_description
 from fluvial.wire.payload import Payload
 
 SLOT = "adapter"
@@ -71,8 +71,8 @@ def site_weights(
     pool = ModelPool(model, settings.tuning(config["tune"], lora))
     with TemporaryDirectory() as draft:
         made = Path(draft) / ("model" if pool.full else "adapter")
-        save_weights(pool, state, made, template=config["data"].get("chat_template"))
+        save_weights(pool, state, made, template=exported.chat_template(config["data"]))
         base = weights_digest(weights_folder(model))
         readings = toml.read(DataConfig, config["data"], str(folder)).readings()
-        exported.write(made, __version__, config, base, readings)
+        exported.write(made, __version__, with_description(run), base, readings)
         yield made

@@ -14,7 +14,7 @@ from typing import Any
 from fluvial.errors import ConfigError
 from fluvial.storage.files import read_object
 from fluvial.storage.kinds import kind_of, taken_over
-from fluvial.storage.run_files import CONFIG
+from fluvial.storage.run_files import CONFIG, DESCRIPTION
 
 FILE = "fluvial.json"
 PLACES = frozenset(
@@ -29,6 +29,8 @@ QUANTISATION = ("quantization", "layer_quantization", "quantization_correction")
 """Settings of [model] about quantised weights."""
 BASE_DIGEST = "base_digest"
 """Key of the digest of the base's weights."""
+MOSTLY = "records_are_mostly"
+"""Key of what most records of the run are, see `SiteTexts.mostly`; absent where it is not known."""
 READINGS = "readings"
 """Key of the ways in which the run read files, where there are several: settings of [data], and the
 `suffix` of the files."""
@@ -39,7 +41,9 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """Return the part of a run's resolved configuration that a measurement of its result needs."""
     data = {key: value for key, value in resolved.get("data", {}).items() if key not in PLACES}
     model = resolved.get("model", {})
+    mostly = (resolved.get(DESCRIPTION) or {}).get(MOSTLY)
     partition = resolved.get("data", {}).get("partition") or {}
+    data["chat_template"] = chat_template(resolved.get("data", {}))
 
     return {
         "model": {key: model[key] for key in MODEL if model.get(key)},
@@ -47,7 +51,16 @@ def settings_of(resolved: Mapping[str, Any]) -> dict[str, Any]:
         "evaluate": {"max_new_tokens": resolved.get("evaluate", {}).get("max_new_tokens", 0)},
         "site_column": partition.get("column") if partition.get("by") == "column" else None,
         "suffix": kind_of(str(resolved.get("data", {}).get("source", ""))),
+        **({MOSTLY: mostly} if mostly else {}),
     }
+
+
+def chat_template(data: Mapping[str, Any]) -> str | None:
+    """Return the chat template that [data] of a run sets for all conversations: its own, or that of
+    all tables of sites that set one; None where it sets none, or several."""
+    own = {table.get("chat_template") for table in (data.get("by_site") or {}).values()} - {None}
+    shared = own.pop() if len(own) == 1 else None
+    return data.get("chat_template") or shared
 
 
 def write(

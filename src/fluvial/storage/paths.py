@@ -18,6 +18,8 @@ PLACES = (
     ("evaluate", "include_path"),
 )
 """Settings that may name a file or a folder, or something else, such as the id of a hub."""
+_OF_SITE = ("source", "heldout_source", "chat_template")
+"""Those of a table of a site."""
 
 
 def beside(table: dict[str, Any], file: Path) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def places(table: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     data = table.get("data")
     by_site = data.get("by_site") if isinstance(data, dict) else None
     for name in by_site if isinstance(by_site, dict) else ():
-        yield from (("data", "by_site", name, key) for key in ("source", "heldout_source"))
+        yield from (("data", "by_site", name, key) for key in _OF_SITE)
 
 
 def value_at(table: dict[str, Any], place: tuple[str, ...]) -> Any:

@@ -257,6 +257,11 @@ def read_run(folder: Path) -> JsonObject:
     }
 
 
+def with_description(run: JsonObject) -> JsonObject:
+    """Return the settings of a run that `read_run` has read, with its description."""
+    return {**run["config"], DESCRIPTION: run["description"]}
+
+
 def setup_of(run: JsonObject) -> JsonObject:
     """Return the findings of the set-up of a run that `read_run` has read, finished or not."""
     return dict((run["result"] or run).get("setup") or {})

@@ -96,7 +96,7 @@ def test_answers_are_those_of_plain_transformers(run: Path, tiny_model: Path) ->
                 {"role": "user", "content": question},
             ]
 
-    with Chat(str(run / "adapter"), template="plain", only="tuned") as chat:
+    with Chat(str(run / "adapter"), template="none", only="tuned") as chat:
         ids = tokenizer(TEXT)["input_ids"]
         expected = plain_answer(models["tuned"], tokenizer, ids, 6)
         assert answers(chat, TEXT, max_new_tokens=6) == {"tuned": expected}
@@ -104,7 +104,7 @@ def test_answers_are_those_of_plain_transformers(run: Path, tiny_model: Path) ->
 
 
 def test_draws_are_repeated_by_their_seed_and_side_by_side(run: Path) -> None:
-    with Chat(str(run), template="plain") as chat:
+    with Chat(str(run), template="none") as chat:
         alone = answers(chat, TEXT, max_new_tokens=12, temperature=1.0, seed=3)
         other = answers(chat, TEXT, max_new_tokens=12, temperature=1.0, seed=4)
         both: dict[str, str] = {}
@@ -184,6 +184,26 @@ def test_answers_are_as_long_as_those_of_the_run(
         assert chat.max_new_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("mostly", "template", "chats"),
+    [
+        ("conversation", "auto", True),
+        ("prompt and completion", "auto", False),
+        ("plain text", "chat", True),
+        ("conversation", "none", False),
+    ],
+)
+def test_prompts_have_the_form_of_most_records_of_the_run(
+    run: Path, tmp_path: Path, mostly: str, template: Any, chats: bool
+) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    config = {"fluvial": "test", "run": {"records_are_mostly": mostly}}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    with Chat(str(tmp_path / "run"), template=template) as chat:
+        assert chat.chats == chats
+        assert (f"as most records of the run were: {mostly}" in chat.way) == (template == "auto")
+
+
 def test_an_empty_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     """Where a model writes the end token alone, on a terminal or not."""
     asked = [SimpleNamespace(name=name, answer=lambda *_: iter(())) for name in ("base", "tuned")]
@@ -212,7 +232,7 @@ def test_a_template_that_fails_names_the_way_without_it(tiny_model: Path, tmp_pa
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     tokenizer.chat_template = "{% broken"
     tokenizer.save_pretrained(tmp_path / "M")
-    with Chat(str(tmp_path / "M")) as chat, pytest.raises(ConfigError, match="--template plain"):
+    with Chat(str(tmp_path / "M")) as chat, pytest.raises(ConfigError, match="--template none"):
         answers(chat, "Hello")
 
 

@@ -18,7 +18,7 @@ from fluvial.data.records import Answered
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models import cpu_types
 from fluvial.runs.config import RunConfig, load, parse
-from fluvial.runs.plan import plan
+from fluvial.runs.plan import plan, preview
 from fluvial.runs.proposal import aims, models
 from fluvial.runs.proposal.columns import guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
@@ -243,6 +243,30 @@ def test_conversations_for_a_base_without_a_chat_template() -> None:
     config = proposed("--model", "embedded", "--data", written(rows))
     assert config.data.chat_template is not None
     assert config.data.heldout_share == 0.2  # a tenth of four records is none
+
+
+def test_a_template_stands_in_the_table_of_the_site_that_needs_it() -> None:
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
+    talks = written([{"messages": turns} for _ in range(12)], "talks.jsonl")
+    pairs = written(
+        [{"prompt": f"Case {n}?", "completion": "yes"} for n in range(12)], "pairs.jsonl"
+    )
+    config = proposed("--model", "embedded", "--data", talks, "--data", pairs)
+    assert config.data.chat_template is None
+    assert config.data.by_site["pairs"].chat_template is None
+    written_by_name = load(Path("q.toml"), as_written=True).data.by_site["talks"].chat_template
+    assert written_by_name is not None
+    assert "User: " in plan_text(config, "talks")
+    assert "User: " not in plan_text(config, "pairs")
+    idle = config.model_dump(exclude_unset=True)
+    idle["data"]["by_site"]["pairs"]["chat_template"] = "plain"
+    with pytest.raises(ConfigError, match=r"data\.by_site\.pairs\.chat_template: without effect"):
+        plan(parse(idle, "test"))
+
+
+def plan_text(config: RunConfig, site: str) -> str:
+    """The first training sequence of a site as text."""
+    return "".join(token["text"] for token in preview(config, site, 1)["sequences"][0]["tokens"])
 
 
 def test_records_longer_than_the_context(tiny_model: Path) -> None:

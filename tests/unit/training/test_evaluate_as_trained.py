@@ -294,7 +294,7 @@ def test_a_folder_of_another_origin_says_that_no_run_is_known(
     found = _evaluate(foreign, "--data", data)
     assert not found["records"]["from_run"]
     assert "no run is known" in found["records"]["line"]
-    assert "no template" in found["records"]["line"]
+    assert "no chat template, which conversations alone have" in found["records"]["line"]
     (foreign / "fluvial.json").write_text("{")
 
     with pytest.raises(ConfigError, match=r"fluvial\.json: cannot be read as JSON"):

@@ -243,6 +243,14 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
     return settings
 
 
+def _template(answers: Answers, data: DataFacts) -> list[Setting]:
+    """Return the chat template of records that are conversations, where the tokenizer has none."""
+    if not data.is_conversation or answers.model.has_template:
+        return []
+    why = "roles as words, since the tokenizer has no chat template"
+    return [Setting("chat_template", PLAIN, why)]
+
+
 def _by_site(answers: Answers) -> list[Section]:
     """Return a table for the source of each site, where each has one of its own."""
     if not isinstance(answers.data, SeparateFacts):
@@ -250,7 +258,10 @@ def _by_site(answers: Answers) -> list[Section]:
     return [
         Section(
             f"[data.by_site.{json.dumps(name) if not KEY.fullmatch(name) else name}]",
-            _source(answers, part, answers.data_paths[name], name),
+            [
+                *_source(answers, part, answers.data_paths[name], name),
+                *_template(answers, part),
+            ],
         )
         for name, part in answers.data.parts.items()
     ]
@@ -261,9 +272,7 @@ def _data(answers: Answers) -> Section:
     separate = isinstance(data, SeparateFacts)
     settings = [] if separate else _source(answers, data, answers.data_path)
     settings += [*_sites(answers), *_lengths(answers)]
-    if data.is_conversation and not answers.model.has_template:
-        why = "roles as words, since the tokenizer has no chat template"
-        settings.append(Setting("chat_template", PLAIN, why))
+    settings += [] if separate else _template(answers, data)
     if answers.public_path is not None:
         why = "text of no site, on which the codec is chosen"
         settings.append(Setting("public_source", answers.public_path, why))
