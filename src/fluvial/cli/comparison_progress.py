@@ -96,9 +96,10 @@ class ComparisonProgress(logging.Handler):
         elif event.kind == "result" and event.method == self._methods[step.contender][-1]:
             loss = ((event.values.get("heldout") or {}).get("final") or {}).get("loss")
             sent = event.values["bytes"]
+            both_ways = human_bytes(sent["up"] + sent["down"] + sent["setup"])
             self._print(
                 f"{run}: held-out loss {figure(loss)}, "
-                f"{human_bytes(sent['up'] + sent['down'] + sent['setup'])}, "
+                f"{both_ways} up and down at all sites, "
                 f"{human_seconds(event.values['wall_s'])}"
             )
 

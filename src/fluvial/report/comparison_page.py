@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fluvial.formatting import figure, human_bytes, human_seconds, percent, safe_text
+from fluvial.formatting import figure, human_bytes, human_seconds, safe_text
 from fluvial.report.charts import COLOURS, Bars, bar_chart, legend
 from fluvial.report.comparison_figures import curves
 from fluvial.report.comparison_tables import (
@@ -218,7 +218,7 @@ def _bars(compared: Compared, score: str) -> list[JsonObject]:
 
 def _points(value: float) -> str:
     """Return a difference of shares in percentage points."""
-    return ("+" if value > 0 else "") + percent(value)
+    return figure(100 * value, "+.2f") + " points"
 
 
 def _differing(compared: Compared) -> Rows:

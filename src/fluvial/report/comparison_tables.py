@@ -67,18 +67,40 @@ def measure_rows(compared: Compared, measure: str) -> Rows:
 
 def told_apart(compared: Compared) -> tuple[str, ...]:
     """Return the measures that have a table: the one that decides, and those not equal at all
-    contenders."""
-    equal = _equal(compared)
-    return tuple(name for name in compared.measures if name not in equal)
+    contenders, the first of several with the same values."""
+    left_out = {*_equal(compared), *_twins(compared)}
+    return tuple(name for name in compared.measures if name not in left_out)
 
 
 def equal_words(compared: Compared) -> str:
-    """Return the measures that have no table, with their value; "" without any."""
+    """Return the measures that have no table, with their value or the measure that they equal; ""
+    without any."""
     shown = []
     for name in _equal(compared):
         score = next(each.scores[name] for each in compared.contenders if name in each.scores)
         shown.append(f"{measure_name(name)} {_value(score.mean, None, losing=is_loss(name))}")
-    return f"Equal at all contenders, without a table: {', '.join(shown)}." if shown else ""
+    lines = [f"Equal at all contenders, without a table: {', '.join(shown)}."] if shown else []
+    twins: dict[str, list[str]] = {}
+    for name, first in _twins(compared).items():
+        twins.setdefault(first, []).append(measure_name(name))
+    for first, names in twins.items():
+        lines.append(f"Equal to {measure_name(first)} in all rows: {', '.join(names)}.")
+    return " ".join(lines)
+
+
+def _twins(compared: Compared) -> dict[str, str]:
+    """Return the measures, but for losses, whose rows are those of an earlier one, with that
+    one."""
+    equal = _equal(compared)
+    firsts: dict[str, str] = {}
+    found = {}
+    for name in compared.measures:
+        if is_loss(name) or name in equal:
+            continue
+        first = firsts.setdefault(str(measure_rows(compared, name)[1:]), name)
+        if first != name:
+            found[name] = first
+    return found
 
 
 def _equal(compared: Compared) -> list[str]:
@@ -247,7 +269,7 @@ def _number(value: float, losing: bool, sign: str = "") -> str:
 def _difference_cells(found: Difference | None, *, losing: bool) -> list[str]:
     if found is None:
         return ["-"] * 4
-    unit = "" if losing else " %"
+    unit = "" if losing else " points"
     interval = (
         "-"
         if found.low is None or found.high is None

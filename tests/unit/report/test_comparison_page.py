@@ -15,6 +15,7 @@ from fluvial.report.comparison_tables import (
     colour,
     comparison_tables,
     cost_rows,
+    equal_words,
     measure_rows,
     measures_caption,
     told_apart,
@@ -240,7 +241,7 @@ def test_a_curve_is_the_mean_of_its_seeds() -> None:
         (difference(0.0, None), "b and a have equal losses"),
         (
             difference(-0.12, None).model_copy(update={"over": None, "low": None, "high": None}),
-            "b and a are not tested: held-out loss 0.1200 nats lower, no test, one pair only",
+            "b and a are not tested: held-out loss 0.1200 nats lower (no test, one pair only)",
         ),
     ],
 )
@@ -259,23 +260,50 @@ def test_a_verdict_that_exact_match_contradicts_is_no_success() -> None:
     for points, said, shade in (
         (
             0.05,
-            "b is better than a: held-out loss 0.1200 nats lower, exact match 5.0 points higher",
+            "exact match 5.0 points higher (95 % interval +0.0 to +10.0, paired t over 2",
             "green",
         ),
         (
             -0.05,
-            "Losses and exact match of b and a disagree: held-out loss 0.1200 nats lower, "
-            "exact match 5.0 points lower",
+            "exact match 5.0 points lower (95 % interval -10.0 to +0.0, paired t over 2",
             "yellow",
         ),
     ):
         found = {"loss": difference(-0.12), "exact_match": difference(points)}
         both = compared(base, contender("b", "b", (3.1, 3.2), differences=found))
-        assert both.verdict.startswith(said)
+        lead = "b is better than a" if points > 0 else "Losses and exact match of b and a disagree"
+        interval_of_loss = "95 % interval -0.1700 to -0.0700, paired t over 2 seeds, p = "
+        assert both.verdict.startswith(
+            f"{lead}: held-out loss 0.1200 nats lower ({interval_of_loss}"
+        )
+        assert said in both.verdict
+        assert "not shown" not in both.verdict
         assert colour(both) == shade
         other = contender("c", "c", (3.1, 3.2), differences={"loss": difference(-0.12)})
         third = compared(base, *both.contenders[1:], other)
         assert ("losses and exact match disagree: b" in third.verdict) == (points < 0)
+
+
+def test_an_interval_of_exact_match_with_0_shows_nothing() -> None:
+    found = {"loss": difference(0.12), "exact_match": difference(-0.02, 0.19)}
+    both = compared(
+        contender("a", "a", (3.2, 3.3)), contender("b", "b", (3.1, 3.2), differences=found)
+    )
+    words = "exact match 2.0 points lower (95 % interval -7.0 to +3.0, paired t over 2 seeds, "
+    assert f"{words}p = 0.19, not shown)" in both.verdict
+
+
+def test_scores_with_the_values_of_another_have_no_table() -> None:
+    found = {"loss": difference(0.12), "exact_match": difference(-0.02), "f1": difference(-0.02)}
+    base = contender("a", "a", (3.2, 3.3))
+    both = compared(base, contender("b", "b", (3.1, 3.2), differences=found))
+    both = both.model_copy(update={"measures": ("loss", "exact_match", "f1")})
+    assert told_apart(both) == ("loss", "exact_match")
+    assert equal_words(both) == "Equal to exact match in all rows: token F1."
+    assert measure_rows(both, "exact_match")[2][2] == "-2.00 points"
+    other = contender("b", "b", (3.1, 3.2), differences=found | {"f1": difference(-0.03)})
+    apart = compared(base, other).model_copy(update={"measures": ("loss", "exact_match", "f1")})
+    assert told_apart(apart) == ("loss", "exact_match", "f1")
 
 
 def test_the_verdict_on_several_and_on_one() -> None:

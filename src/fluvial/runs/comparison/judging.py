@@ -129,19 +129,29 @@ def _sentence(contender: ComparedContender, base: ComparedContender, found: Diff
     }[answer_about(contender) or answer(found)]
     way = "lower" if found.mean < 0 else "higher"
     apart = f": held-out loss {figure(abs(found.mean))} nats {way}" if found.mean else ""
-    parts = [words + apart]
+    parts = [f"{words}{apart} ({_tested(found, 1, '+.4f')})"]
     right = score(contender)
     if right is not None and right.mean:
         more = "higher" if right.mean > 0 else "lower"
-        parts.append(f"exact match {figure(100 * abs(right.mean), '.1f')} points {more}")
-    if found.low is not None:
-        parts.append(f"95 % interval {figure(found.low, '+.4f')} to {figure(found.high, '+.4f')}")
-    tested = test_words(found)
-    parts.append(tested if found.p_holm is None else f"{tested}, p = {p_words(found.p_holm)}")
+        points = f"exact match {figure(100 * abs(right.mean), '.1f')} points {more}"
+        unsure = right.low is not None and right.high is not None and right.low < 0 < right.high
+        shown = ", not shown" if unsure else ""
+        parts.append(f"{points} ({_tested(right, 100, '+.1f')}{shown})")
     if contender.bytes_total and base.bytes_total:
         times = times_words(contender.bytes_total / base.bytes_total)
         parts.append(f"{contender.name} at {times} the bytes of {base.name}")
 
+    return ", ".join(parts)
+
+
+def _tested(found: Difference, scale: float, form: str) -> str:
+    """Return the interval of a difference times `scale`, its test and p."""
+    parts = []
+    if found.low is not None and found.high is not None:
+        low, high = (figure(scale * end, form) for end in (found.low, found.high))
+        parts.append(f"95 % interval {low} to {high}")
+    tested = test_words(found)
+    parts.append(tested if found.p_holm is None else f"{tested}, p = {p_words(found.p_holm)}")
     return ", ".join(parts)
 
 
