@@ -31,13 +31,14 @@ def human_ratio(ratio: float | None) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Return `seconds` with one decimal, as milliseconds below 0.1 s, or as minutes and hours from
-    100 s on."""
+    """Return `seconds` with one decimal, as milliseconds below 0.1 s, as minutes with one decimal
+    from 100 s on, or as hours and minutes from 100 minutes on."""
     if 0 < seconds < 0.0995:
         return f"{1000 * seconds:.2g} ms"
     if seconds < 100:
         return f"{seconds:.1f} s"
-    return human_minutes(seconds)
+    minutes = f"{seconds / 60:.1f}".removesuffix(".0")
+    return f"{minutes} min" if seconds < 60 * 99.5 else human_minutes(seconds)
 
 
 def human_minutes(seconds: float) -> str:

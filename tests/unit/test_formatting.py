@@ -35,6 +35,9 @@ def test_a_text_keeps_its_lines_and_a_line_has_none() -> None:
         (0.0996, "0.1 s"),
         (6.0, "6.0 s"),
         (120.0, "2 min"),
+        (153.0, "2.5 min"),
+        (862.0, "14.4 min"),
+        (99.6 * 60, "1 h 40 min"),
     ],
 )
 def test_short_times_are_told_apart(seconds: float, words: str) -> None:

@@ -19,6 +19,10 @@ SITES = 48
 """Number of sites of a figure at most: the first by name."""
 CYCLES = 24
 """Number of cycles of a block schedule: the last ones."""
+POOLED = "pooled"
+"""Name of the records of all sites together in results, as `data.POOLED`, which needs torch."""
+ALL_SITES = "all sites, pooled"
+"""Its label, below those of the sites."""
 HIGHEST = 2.5
 """Largest error that is drawn at the gate; 1 is the error of sending nothing."""
 
@@ -62,7 +66,10 @@ def score_of(runs: Sequence[Run]) -> str:
 def by_axis(runs: Sequence[Run], axis: str, measure: str) -> Markup:
     """Draw the loss or a score of all `runs` over an axis of `Run.places`."""
     drawn = [run for run in runs if axis in ("round", "seconds") or run.sends_updates]
-    return chart_of([series_of(run, axis, measure) for run in drawn], axis, measure)
+    series = [series_of(run, axis, measure) for run in drawn]
+    if measure != "loss" and not any(each.joined for each in series):
+        return Markup("")  # two marks at the ends of an empty box, whose values are in the tables
+    return chart_of(series, axis, measure)
 
 
 def series_of(run: Run, axis: str, measure: str) -> Series:
@@ -115,7 +122,8 @@ def losses_by_site(own: Run, others: Sequence[Run]) -> Markup:
     """Draw the held-out loss of every site under the base, each run and the final model."""
     tables = [("base model, untuned", "base", losses(own.result or {}, "base"))]
     tables += [(run.name, run.colour, losses(run.result or {}, "final")) for run in (*others, own)]
-    sites = sorted({site for _, _, table in tables for site in table})[:SITES]
+    known = {site for _, _, table in tables for site in table}
+    sites = [*sorted(known - {POOLED})[:SITES], *(known & {POOLED})]
     dots = [
         Bars(
             name,
@@ -129,7 +137,7 @@ def losses_by_site(own: Run, others: Sequence[Run]) -> Markup:
     if not dots:
         return Markup("")
 
-    labels = [safe_text(site) for site in sites]
+    labels = [ALL_SITES if site == POOLED else safe_text(site) for site in sites]
     chart = dot_chart(labels, dots, across="held-out loss, nats per token")
     return legend([(each.name, each.colour) for each in dots], kind="points") + chart
 

@@ -19,7 +19,11 @@ AT_SITES = {
 """Parts of a site's time, and their names for people."""
 REST = "waiting for other sites and the server"
 """The rest of a round, at a site."""
-AT_SERVER = {"coding": "coding, at the server", "decoding": "decoding, at the server"}
+AT_SERVER = {
+    "coding": "of this wait: coding, at the server",
+    "decoding": "of this wait: decoding, at the server",
+}
+"""Parts of that rest, whose shares are in brackets, since they are counted in it."""
 
 
 def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
@@ -50,7 +54,7 @@ def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
 
     whole = statistics.median(record["seconds"] for record in records)
     cells = [
-        [words, _words(means), _words(longest), _share(statistics.median(means), whole)]
+        [words, _words(means), _words(longest), _share(statistics.median(means), whole, words)]
         for words, means, longest in rows
         if any(means)
     ]
@@ -61,8 +65,8 @@ def round_times(metrics: Sequence[JsonObject]) -> Excerpt | None:
         cells,
         left=1,
         words="Medians over rounds. In each round a site's parts and its wait for the other sites "
-        "and the server add up to the round, so their medians nearly do; the server codes and "
-        "decodes within this wait.",
+        "and the server add up to the round, so their medians nearly do; what the server codes "
+        "and decodes is a part of this wait, with its share in brackets.",
     )
 
 
@@ -70,5 +74,6 @@ def _words(seconds: Sequence[float]) -> str:
     return human_seconds(statistics.median(seconds))
 
 
-def _share(seconds: float, whole: float) -> str:
-    return f"{100 * seconds / whole:.1f} %" if whole else "-"
+def _share(seconds: float, whole: float, words: str) -> str:
+    share = f"{100 * seconds / whole:.1f} %" if whole else "-"
+    return f"({share})" if words in AT_SERVER.values() else share

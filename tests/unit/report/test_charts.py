@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from fluvial.data import POOLED
+from fluvial.report import figures
 from fluvial.report.axes import short_bytes
 from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, decades, grid_chart
 from fluvial.report.dots import dot_chart
-from fluvial.report.figures import Run, by_axis
+from fluvial.report.figures import Run, by_axis, losses_by_site
 from fluvial.report.labels import FONT, LINE, distinct, wrapped
 
 ADVANCES = {"a": 0.613, "g": 0.635, "m": 0.974, "W": 0.989, "i": 0.278, "1": 0.636, "_": 0.5}
@@ -109,6 +111,25 @@ def test_measures_at_the_two_ends_alone_are_not_joined(measured: bool) -> None:
     result = {"heldout": {"base": {"loss": 3.0}, "final": {"loss": 1.0}}}
     chart = by_axis([Run("run", "own", metrics, result, True)], "round", "loss")
     assert ("stroke-width:1.0" in chart) == measured
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_a_score_at_the_two_ends_alone_has_no_chart(measured: bool) -> None:
+    metrics = [{"round": 1, "loss": 2.0, **({"heldout_exact_match": 0.4} if measured else {})}]
+    result = {"heldout": {"base": {"exact_match": 0.0}, "final": {"exact_match": 0.5}}}
+    chart = by_axis([Run("run", "own", metrics, result, True)], "round", "exact_match")
+    assert bool(chart) == measured
+
+
+def test_pooled_records_stand_below_the_sites_and_are_no_site() -> None:
+    assert POOLED == figures.POOLED
+    sites = {name: {"base": {"loss": 3.0}, "final": {"loss": 1.0}} for name in ("a", "zebra")}
+    pooled = {POOLED: {"base": {"loss": 3.0}, "final": {"loss": 2.0}}}
+    own = Run("run", "own", [], {"heldout_by_site": sites}, True)
+    central = Run("central", "central", [], {"heldout_by_site": pooled}, False)
+    chart = losses_by_site(own, [central])
+    assert chart.index(">zebra<") < chart.index(">all sites, pooled<")
+    assert ">pooled<" not in chart
 
 
 def test_a_slanted_heading_ends_inside_the_grid() -> None:

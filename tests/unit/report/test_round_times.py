@@ -20,7 +20,7 @@ def test_medians_over_rounds_of_means_over_sites() -> None:
         ["training", "4.0 s", "5.0 s", "40.0 %"],
         ["upload and waiting", "2.0 s", "3.0 s", "20.0 %"],
         ["waiting for other sites and the server", "5.0 s", "7.0 s", "50.0 %"],
-        ["decoding, at the server", "0.5 s", "0.5 s", "5.0 %"],
+        ["of this wait: decoding, at the server", "0.5 s", "0.5 s", "(5.0 %)"],
         ["round", "10.0 s", "-", "-"],
     ]
 

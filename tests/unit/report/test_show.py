@@ -497,7 +497,7 @@ def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -
         "0.439",
         "31.50",
         "26.4 kB",
-        ">2 min<",  # of the run and its two baselines, 41.5 s each
+        ">2.1 min<",  # of the run and its two baselines, 41.5 s each
         "83.0 s of it for baselines; ",
         "TimeoutError: [bold]60 s",
     ):
