@@ -54,7 +54,7 @@ _MODULES = {
     ),
     "fluvial.data.records": ("Numbers",),
     "fluvial.data.templates": (
-        "inlined_template",
+        "inlined_templates",
         "with_template",
     ),
     "fluvial.data.texts": (

@@ -245,9 +245,8 @@ class SiteTexts:
 
         return remarks
 
-    def _has_chats(self, name: str | None = None) -> bool:
-        site = self.names[0] if name is None else name
-        return any(map(has_chats, self._records_of(site)))
+    def _has_chats(self, name: str) -> bool:
+        return any(map(has_chats, self._records_of(name)))
 
     # -- tokens -----------------------------------------------------------------------------------
     # -------------
