@@ -121,7 +121,7 @@ def _injected(base: nn.Module, config: Any) -> nn.Module:
         warnings.simplefilter("ignore")
         try:
             model: nn.Module = get_peft_model(base, config)
-        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RuntimeError, KeyError, TypeError, AttributeError, re.error) as error:
             raise ConfigError(
                 f"lora: PEFT cannot put the adapter on this model: {_reason(error)}"
             ) from error

@@ -1,12 +1,13 @@
 """The folders that `fluvial evaluate` reads: a PEFT adapter, or a model with tuned weights."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from fluvial import caller
 from fluvial.errors import ConfigError
-from fluvial.models.adapters import SavedLora
+from fluvial.models.adapters import PREFIX, SavedLora
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
@@ -52,6 +53,7 @@ setting must have PEFT's default, because it may change the meaning of the facto
 _INITS = (True, False, "gaussian")
 """Values of `init_lora_weights` that do not change the base."""
 
+_LARGEST = 1e30
 NEW_TOKENS = 64
 
 
@@ -186,14 +188,8 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
                 "base with PEFT, or evaluate it with another tool"
             )
 
-    if not isinstance(config.get("r"), int) or not isinstance(
-        config.get("lora_alpha"), int | float
-    ):
-        raise ConfigError(
-            f"{path}: r and lora_alpha must be numbers, found {config.get('r')!r}, "
-            f"{config.get('lora_alpha')!r}"
-        )
-
+    _check_numbers(path, config)
+    _check_expressions(path, config)
     if not config.get("target_modules") and not config.get("target_parameters"):
         raise ConfigError(f"{path}: target_modules names no module; copy the file again")
 
@@ -204,6 +200,44 @@ def _lora(path: Path, config: dict[str, Any]) -> SavedLora:
     return SavedLora(
         {**kept, "lora_dropout": 0.0, "inference_mode": False, "task_type": "CAUSAL_LM"}
     )
+
+
+def _check_numbers(path: Path, config: dict[str, Any]) -> None:
+    """Raise `ConfigError` unless ranks are whole numbers above 0 and alphas are finite."""
+    for key, pattern, whole in (
+        ("r", "rank_pattern", True),
+        ("lora_alpha", "alpha_pattern", False),
+    ):
+        others = config.get(pattern) or {}
+        if not isinstance(others, dict):
+            raise ConfigError(f"{path}: {pattern} must be an object, found {others!r:.80}")
+
+        expected = "a whole number above 0" if whole else "a finite number"
+        for name, value in ((key, config.get(key)), *others.items()):
+            place = key if name == key else f"{pattern}.{name}"
+            number = isinstance(value, int if whole else int | float) and type(value) is not bool
+            if not number or not -_LARGEST < value < _LARGEST or (whole and value < 1):
+                raise ConfigError(
+                    f"{path}: {place} is {value!r:.80}, expected {expected}; copy the file again"
+                )
+
+
+def _check_expressions(path: Path, config: dict[str, Any]) -> None:
+    """Raise `ConfigError` for a text that PEFT reads as a regular expression and that is none."""
+    texts = {key: config.get(key) for key in ("target_modules", "exclude_modules")}
+    texts |= {
+        f"{pattern}.{name}": name
+        for pattern in ("rank_pattern", "alpha_pattern")
+        for name in config.get(pattern) or {}
+    }
+    for place, text in texts.items():
+        try:
+            re.compile(text if isinstance(text, str) else "")
+        except re.error as error:
+            raise ConfigError(
+                f"{path}: {place} is no regular expression: {text!r:.80}: {error}; copy the file "
+                "again, or correct it"
+            ) from error
 
 
 def _model_folder(folder: Path) -> AdapterFolder:
@@ -243,13 +277,23 @@ def _factors(folder: Path) -> Named:
     except (OSError, SafetensorError) as error:
         raise ConfigError(f"{path}: is damaged: {error}; copy it again") from error
 
-    return _finite(
-        {
-            name.removeprefix("base_model.model."): tensor.float()
-            for name, tensor in tensors.items()
-        },
-        path,
-    )
+    embeddings = sorted(name for name in tensors if ".lora_embedding_" in name)
+    if embeddings:
+        module = embeddings[0].removeprefix(PREFIX).partition(".lora_embedding_")[0]
+        raise ConfigError(
+            f"{folder / 'adapter_config.json'}: target_modules adapts the embedding {module!r}, "
+            "which is not supported here; merge the adapter into its base with PEFT "
+            "(merge_and_unload), or evaluate it with another tool"
+        )
+
+    # Some tools write the name that PEFT gives an adapter in memory, and PEFT reads both.
+    named = {
+        name.removeprefix(PREFIX).replace(".default.weight", ".weight"): tensor.float()
+        for name, tensor in tensors.items()
+    }
+    if len(named) < len(tensors):
+        raise ConfigError(f"{path}: holds factors of a module twice; save the adapter anew")
+    return _finite(named, path)
 
 
 def _finite(tensors: Named, path: Path) -> Named:
