@@ -41,10 +41,17 @@ def encode_chat(
             "record"
         )
 
+    every = loss_on == "all"
+    if every and chat.unlearned - answers:
+        number = min(chat.unlearned - answers)
+        raise ConfigError(
+            f"{place}: turn {number + 1} (role {messages[number]['role']}) has the weight 0, and "
+            "data.loss_on = 'all' gives it loss; remove the weight or the setting"
+        )
+
     rendered = _render(place, messages, tokenizer)
     learned = answers - chat.unlearned
     _refuse_omissions(place, messages, tokenizer, rendered, learned)
-    every = loss_on == "all"
     spans = _spans(place, messages, tokenizer, rendered, chat.unlearned if every else learned)
     ids, offsets = _tokens(place, rendered, tokenizer)
     question = None

@@ -55,6 +55,8 @@ OTHER_WEIGHTS = ("train", "train_detail", "training", "loss", "loss_mask", "mask
 """Fields of a turn by which other programs choose what has loss; a record with one is refused."""
 UNSUPPORTED_IN_A_RECORD = ("tools", "functions")
 """Fields of a conversation that a chat template may render; a record with one is refused."""
+UNREAD_IN_A_RECORD = ("system", "history")
+"""Fields of a record that other programs put into the prompt; one that is not read is noted."""
 NAMES_IN_A_TURN = ("name", "tool_call_id")
 """Fields of a turn that a chat template may render, and that are given to it."""
 HARMLESS_IN_A_TURN = ("id", "index", "timestamp")
@@ -87,7 +89,7 @@ class Chat:
 
     messages: Sequence[Message]
     unlearned: frozenset[int] = frozenset()
-    """Numbers of the assistant's turns without loss, from 0 on."""
+    """Numbers of the turns of weight 0, from 0 on, which have no loss."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,9 @@ class RecordReader:
     columns: Mapping[str, str]
     """Names of columns that differ: our field = the file's column."""
     numbers: Numbers = "refuse"
-    unread: Counter[str] = field(default_factory=Counter, compare=False)
-    """Turns that have a field which is not read, by its name; it grows with each record."""
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter, compare=False)
+    """Counts of a field that is not read, by its name and "turns" or "records"; they grow with each
+    record."""
 
     def read(self, place: object, fields: Mapping[str, Any]) -> Record:
         """Return the record of a row.
@@ -122,6 +125,11 @@ class RecordReader:
             answer = self._answer(place, fields, "completion")
             return Record(place, Answered(prompt, answer, self._references(place, fields)))
 
+        self.unread.update(
+            (key, "records")
+            for key in UNREAD_IN_A_RECORD
+            if fields.get(key) and key not in self.columns.values()
+        )
         if self.form == "alpaca":
             return Record(place, self._alpaca(place, fields))
 
@@ -227,7 +235,7 @@ class RecordReader:
         return Chat(messages, frozenset(unlearned))
 
     def _turn(self, place: str, turn: Any) -> tuple[Message, bool]:
-        """Return a turn, and false if it is one of the assistant without loss."""
+        """Return a turn, and false if its weight is 0."""
         who, what = ("role", "content") if self.form == "messages" else ("from", "value")
         if not isinstance(turn, Mapping):
             raise ConfigError(
@@ -265,7 +273,9 @@ class RecordReader:
 
         read = {who, what, "weight", *NAMES_IN_A_TURN, *HARMLESS_IN_A_TURN}
         self.unread.update(
-            key for key, value in turn.items() if key not in read and value not in (None, "", [])
+            (key, "turns")
+            for key, value in turn.items()
+            if key not in read and value not in (None, "", [])
         )
         return message, learned
 
@@ -315,17 +325,12 @@ class RecordReader:
 
 
 def _weight(place: str, role: str, value: Any) -> bool:
-    """Return whether a turn of weight `value` has loss, as a turn of the assistant without one has.
+    """Return false for a turn of weight 0.
 
-    Raise `ConfigError` for anything but 0 and 1, and for a weight of another role.
+    Raise `ConfigError` for anything but 0 and 1, and for 1 where the role is not the assistant's.
     """
     if value is None:
         return True
-    if role != "assistant":
-        raise ConfigError(
-            f"{place} has 'weight' and the role {role!r}; only a turn of the assistant may have "
-            "one; remove the field"
-        )
 
     number = typed(value)
     weight = float(number.text) if isinstance(number, Number) and number.finite else None
@@ -333,6 +338,11 @@ def _weight(place: str, role: str, value: Any) -> bool:
         raise ConfigError(
             f"{place}: 'weight' must be 0 (no loss on the turn) or 1; write one of them, or remove "
             "the field"
+        )
+    if weight == 1 and role != "assistant":
+        raise ConfigError(
+            f"{place} has 'weight' 1 and the role {role!r}; only a turn of the assistant may have "
+            "it; write 0, or remove the field"
         )
 
     return weight == 1

@@ -246,8 +246,10 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
 
         found.entries.append(Entry(record, row))
 
-    for key, count in sorted(reader.unread.items()):
-        found.notes.append(f"{name}: the field {shown(key)} of {count} turns is not read")
+    for (key, unit), count in sorted(reader.unread.items()):
+        found.notes.append(
+            f"{name}: the field {shown(key)} of {count} {unit} is no part of the text"
+        )
     if empty:
         found.notes.append(f"{name}: {empty} records with an empty text were left out")
 

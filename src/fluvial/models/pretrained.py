@@ -142,7 +142,7 @@ def from_hub(load: Any, wanted: ModelConfig, /, **options: Any) -> Any:
         raise ConfigError(
             f"model.name_or_path: there is no folder {source!r}; {caller.another_base()}"
         )
-    if not Path(source).is_dir():
+    if local_folder(wanted) is None:
         return _from_network(load, wanted, **options)
 
     try:

@@ -4,6 +4,7 @@ import json
 import shutil
 import sysconfig
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -311,7 +312,7 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
         (
             "messages",
             {"messages": [CHAT[1] | {"weight": 1}, CHAT[2]]},
-            "turn 1 has 'weight' and the role 'user'; only a turn of the assistant",
+            "turn 1 has 'weight' 1 and the role 'user'; only a turn of the assistant",
         ),
         (
             "messages",
@@ -370,18 +371,33 @@ def test_a_turn_of_weight_0_has_no_loss(
 
 def test_an_empty_turn_of_weight_0_and_empty_fields_of_no_use_are_read(tokenizer: Any) -> None:
     empty = {"role": "assistant", "content": "", "weight": 0, "tool_calls": None, "audio": None}
-    record = {"messages": [CHAT[1], empty, CHAT[1], CHAT[2] | {"weight": Number("1")}]}
+    asked = CHAT[1] | {"weight": 0.0}  # as some sets of conversations have it on each turn
+    record = {"messages": [asked, empty, CHAT[1], CHAT[2] | {"weight": Number("1")}]}
     assert learned(tokenizer, one(tokenizer, "messages", record)).startswith("good day")
+    with pytest.raises(ConfigError, match=r"turn 1 \(role user\) has the weight 0, and data"):
+        one(tokenizer, "messages", record, loss_on="all")
 
 
 def test_a_field_of_a_turn_that_is_not_read_is_noted(tmp_path: Path) -> None:
     turns = [CHAT[1] | {"id": 1, "mood": "glad"}, CHAT[2] | {"mood": "", "toxic": True}]
     path = tmp_path / "a.jsonl"
-    path.write_text((json.dumps({"messages": turns}) + "\n") * 3)
+    path.write_text((json.dumps({"messages": turns, "system": "be brief"}) + "\n") * 3)
     source = Source("data.source", str(path), "train", DataConfig(source=str(path)).reading())
     assert read_source(source, Faults()).notes == [
-        f"{path}: the field 'mood' of 3 turns is not read",
-        f"{path}: the field 'toxic' of 3 turns is not read",
+        f"{path}: the field 'mood' of 3 turns is no part of the text",
+        f"{path}: the field 'system' of 3 records is no part of the text",
+        f"{path}: the field 'toxic' of 3 turns is no part of the text",
+    ]
+
+    row = {"instruction": "a", "output": "b", "history": [["c", "d"]], "system": "s"}
+    path.write_text((json.dumps(row) + "\n") * 2)
+    assert read_source(source, Faults()).notes == [
+        f"{path}: the field 'history' of 2 records is no part of the text",
+        f"{path}: the field 'system' of 2 records is no part of the text",
+    ]
+    renamed = DataConfig(source=str(path), columns={"input": "system"}).reading()
+    assert read_source(replace(source, reading=renamed), Faults()).notes == [
+        f"{path}: the field 'history' of 2 records is no part of the text"
     ]
 
 
