@@ -22,6 +22,7 @@ SHORT = {key: label.partition(",")[0] for key, label in LABELS.items()}
 METHODS = {
     "bootstrap": "bootstrap over questions (BCa)",
     "clopper-pearson": "exact (Clopper-Pearson), because all answers are alike",
+    "wilson": "Wilson's, over all questions",
     "sacrebleu": "sacreBLEU's bootstrap over answers",
 }
 """Words for the methods of intervals."""
@@ -110,10 +111,13 @@ def _cells(scored: JsonObject, key: str, models: list[str]) -> list[str]:
 
 
 def _figure(figure: JsonObject, key: str, sign: str) -> str:
-    """Return a mean with its interval, where there is one."""
-    form = f"{sign}.2f" if key in ("bleu", "chrf") else f"{sign}.4f"
+    """Return a mean with its interval, where there is one: shares in per cent, their differences in
+    points, and what is 0 to 100 as it is."""
+    corpus = key in ("bleu", "chrf")
+    scale, unit = (1, "") if corpus else (100, " points" if sign else " %")
+    mean = f"{scale * figure['mean']:{sign}.2f}{unit}"
     if figure["interval"] is None:
-        return format(figure["mean"], form)
+        return mean
 
-    low, high = (format(end, form) for end in figure["interval"])
-    return f"{figure['mean']:{form}} ({low} to {high})"
+    low, high = (format(scale * end, f"{sign}.1f") for end in figure["interval"])
+    return f"{mean} ({low} to {high})"

@@ -1,10 +1,8 @@
 """Result of a run beside its baselines: rows, table, verdict and closing lines."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import NormalDist
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -24,6 +22,7 @@ from fluvial.report.line_rates import PLAIN, Rates
 from fluvial.report.tables import table
 from fluvial.runs.verdict import Verdict, judge
 from fluvial.storage.run_files import PAGE, SITES, JsonObject
+from fluvial.training.wilson import wilson
 
 
 def run_name(result: JsonObject) -> str:
@@ -115,11 +114,8 @@ def interval_words(share: float | None, questions: float) -> str:
     """
     if share is None or not questions:
         return "-"
-    z = NormalDist().inv_cdf(0.975)
-    centre = share + z * z / (2 * questions)
-    half = z * math.sqrt(share * (1 - share) / questions + z * z / (4 * questions**2))
-    low, high = ((end / (1 + z * z / questions)) for end in (centre - half, centre + half))
-    return f"{100 * max(low, 0.0):.1f} - {100 * min(high, 1.0):.1f} %"
+    low, high = wilson(share, questions)
+    return f"{100 * low:.1f} - {100 * high:.1f} %"
 
 
 def _line_time(traffic: JsonObject, rates: Rates) -> str:

@@ -31,9 +31,10 @@ BATCH_TOKENS = 2048
 RESAMPLES = 2000
 
 
-IntervalMethod = Literal["bootstrap", "clopper-pearson", "sacrebleu"]
+IntervalMethod = Literal["bootstrap", "clopper-pearson", "wilson", "sacrebleu"]
 """Origin of an interval: the BCa bootstrap over distinct questions (Efron 1987), the exact interval
-of a share (Clopper and Pearson 1934), or the bootstrap of sacreBLEU over answers."""
+of a share (Clopper and Pearson 1934), Wilson's of exact match, or the bootstrap of sacreBLEU over
+answers."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,9 @@ from fluvial.models.generation import AT_ONCE, continuations, count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.storage.files import write_whole
 from fluvial.training.answer_scores import AnswerSums, squad_words
-from fluvial.training.choice_scores import Interval, bootstrap, exact_interval
+from fluvial.training.choice_scores import Interval, bootstrap
 from fluvial.training.rouge import has_pairs
+from fluvial.training.wilson import wilson
 from fluvial.wire.tensors import Named
 
 Metric = Literal["exact_match", "f1", "rouge", "bleu", "chrf"]
@@ -126,7 +127,7 @@ def _lines(
             **({"site": sites[place]} if sites else {}),
             "answers": {name: given[place] for name, given in answers.items()},
         }
-        lines.append(json.dumps(line) + "\n")
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
 
 
@@ -209,19 +210,16 @@ def _mean_interval(
 ) -> Interval | float:
     """Return the mean of `values` with its bootstrap interval over distinct questions.
 
-    `same` has the places of each distinct question. Where all answers are right, or all are wrong,
-    the interval of a share is the exact one; any other mean that all questions have is returned
-    without an interval.
+    `same` has the places of each distinct question. The interval of a share is Wilson's, as in the
+    tables of a run; any other mean that all questions have is returned without an interval.
     """
     counts = [len(places) for places in same]
+    if shares:
+        share = _mean(values)
+        return Interval(share, *wilson(share, independent(counts)), "wilson")
     means = [_mean([values[place] for place in places]) for places in same]
     found = bootstrap(means, seed, counts)
-    if found is not None:
-        return found
-    if shares and means[0] in (0.0, 1.0):
-        count = math.floor(independent(counts))
-        return exact_interval(int(means[0]) * count, count)
-    return means[0]
+    return means[0] if found is None else found
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -20,9 +20,10 @@ from fluvial.errors import ConfigError
 from fluvial.models.generation import SHORT, continuations
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
+from fluvial.report.result_tables import interval_words
 from fluvial.training.answer_scores import squad_words, token_f1
 from fluvial.training.choice_scores import bootstrap
-from fluvial.training.generated import NO_PAIRS, AnswerConfig, _scored
+from fluvial.training.generated import NO_PAIRS, AnswerConfig, _lines, _scored
 from tests.support.runs import run_table
 
 SITES = ("north", "south", "south")
@@ -181,20 +182,20 @@ def test_a_difference_is_over_the_same_records() -> None:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-@pytest.mark.parametrize(("right", "method"), [(6, "bootstrap"), (0, "clopper-pearson")])
+@pytest.mark.parametrize(("right", "method"), [(6, "wilson"), (0, "wilson")])
 def test_a_record_that_several_sites_ask_counts_once(times: int, right: int, method: str) -> None:
     questions = [Question(f"p {number}", f"a {number}") for number in range(20)] * times
     answers = [each.answer if int(each.answer[2:]) < right else "x" for each in questions]
     figure = _scored({"model": answers}, questions, AnswerConfig(4), 0)["model"]["exact_match"]
     assert (figure["mean"], figure["interval_by"]) == (right / 20, method)
-    low, high = figure["interval"]
-    if right:
-        once = stats.bootstrap(
-            ([1.0] * right + [0.0] * (20 - right),), np.mean, method="BCa", rng=1, n_resamples=20000
-        ).confidence_interval
-        assert (low, high) == pytest.approx((once.low, once.high), abs=0.051)  # one record of 20
-    else:
-        assert (low, high) == pytest.approx((0, stats.beta.ppf(0.975, 1, 20)))
+    known = stats.binomtest(right, 20).proportion_ci(0.95, method="wilson")
+    assert figure["interval"] == pytest.approx([known.low, known.high])
+    assert interval_words(right / 20, 20) == f"{100 * known.low:.1f} - {100 * known.high:.1f} %"
+
+
+def test_written_answers_have_their_letters() -> None:
+    asked = [Question("Was ist das?", "Störung")]
+    assert '"Störung"' in _lines({"model": ["Störung"]}, asked, [])
 
 
 def test_unequal_counts_weigh_in_the_mean_and_its_interval() -> None:
@@ -223,7 +224,7 @@ def test_rouge_2_is_left_out_where_no_reference_has_two_words(
     assert ("rouge_2" in answers["model"]) == (not left_out)
     words = " ".join(CliRunner().invoke(app, command).stdout.split())
     assert ("ROUGE-2 is left out: no reference has two words" in words) == bool(left_out)
-    assert "95 % intervals: exact (Clopper-Pearson), because all answers are alike" in words
+    assert "95 % intervals: Wilson's, over all questions" in words
 
 
 def test_the_sites_of_a_run_are_those_of_its_column(
