@@ -157,11 +157,13 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
 def test_a_site_is_named_after_the_folder_that_a_relative_path_means(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in ("oslo.x", "oslo.x/rome"):
-        Path(place).mkdir()
+    Path("oslo.x/inner").mkdir(parents=True)
+    Path("rome").mkdir()
+    for place in ("oslo.x", "rome"):
         written(answers(4), f"{place}/a.jsonl")
-    monkeypatch.chdir("oslo.x/rome")
-    config = proposed("--model", str(tiny_model), "--data", ".", "--data", "..")
+    monkeypatch.chdir("rome")
+    above = "../oslo.x/inner/.."
+    config = proposed("--model", str(tiny_model), "--data", ".", "--data", above)
     assert sorted(config.data.by_site) == ["oslo.x", "rome"]
     with pytest.raises(
         ConfigError, match="--data '/': its site would be named after it, but '' is"
