@@ -94,9 +94,10 @@ def _csv_rows(name: str, text: str, delimiter: str) -> Iterator[tuple[int, list[
             start = reader.line_num + 1
     except csv.Error as error:
         end = "the end of the file" if "unexpected end" in str(error) else f"line {reader.line_num}"
+        why = str(error).replace(f"'{delimiter}'", _spoken(delimiter))
         raise DataError(
             [
-                f"{name}: the row that begins in line {start} is broken at {end}: {error}; close "
+                f"{name}: the row that begins in line {start} is broken at {end}: {why}; close "
                 "each double quote, and write a double quote within a cell twice"
             ]
         ) from None

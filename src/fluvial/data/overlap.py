@@ -59,8 +59,8 @@ def own_only(config: DataConfig, measured: Mapping[str, Set[bytes]]) -> list[str
         else "name a data.heldout_source that has the same records for each site"
     )
     return [
-        "held-out records: each site is measured on its own only, so the run cannot show whether a "
-        f"site learns what only the others know; to show it, {remedy}"
+        "held-out records: each site is measured on its own only; where these do not ask for what "
+        f"only the others know, the run cannot show that a site learns it; to show it, {remedy}"
     ]
 
 

@@ -51,11 +51,19 @@ def slow_types(config: ModelConfig, *, autocast: bool) -> Iterator[str]:
 
 
 def _seconds(dtype: torch.dtype) -> float:
+    """Return the processor seconds of a product on one thread, which other programs do not
+    lengthen."""
     rows = torch.ones(_ROWS, _WIDTH, dtype=dtype)
     weights = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
     times = []
-    for _ in range(_REPEATS):
-        before = time.perf_counter()
-        torch.nn.functional.linear(rows, weights)
-        times.append(time.perf_counter() - before)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(_REPEATS):
+            before = time.thread_time()
+            torch.nn.functional.linear(rows, weights)
+            times.append(time.thread_time() - before)
+    finally:
+        torch.set_num_threads(threads)
+
     return max(min(times), 1e-9)

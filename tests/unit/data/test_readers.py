@@ -401,7 +401,7 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
         HEAD + 'a,b\nc,"d\ne,f\n',
         "row that begins in line 3 is broken at the end of the file",
     ),
-    ("a.csv", HEAD + 'a,"b"c\n', "row that begins in line 2 is broken at line 2"),
+    ("a.csv", HEAD + 'a,"b"c\n', "row that begins in line 2 is broken at line 2: a comma expected"),
     ("a.csv", HEAD + 'a, "b"\n', "line 2: a blank stands before the opening quote"),
     (
         "a.csv",

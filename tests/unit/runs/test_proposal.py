@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,7 @@ from fluvial.models import cpu_types
 from fluvial.runs.config import RunConfig, load, parse
 from fluvial.runs.plan import plan, preview
 from fluvial.runs.proposal import aims, models
-from fluvial.runs.proposal.columns import guessed_columns, owner_columns
+from fluvial.runs.proposal.columns import form_of, guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.lengths import Lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
@@ -412,6 +413,22 @@ def test_columns_of_several_sources_are_asked_for(
     tables = load(Path("q.toml")).data.by_site
     assert tables["rome"].columns == {"prompt": "text", "completion": "team"}
     assert tables["oslo"].columns == {"prompt": "q", "completion": "a"}
+
+
+def test_a_field_within_a_field_is_told_from_a_column_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="columns mail, team; fields within a field are not read"):
+        form_of(["mail", "team"], {"prompt": "mail.subject", "completion": "team"})
+    with pytest.raises(ConfigError, match="columns mail, team$"):
+        form_of(["mail", "team"], {"prompt": "post.subject", "completion": "team"})
+
+
+def test_the_speed_of_a_type_is_measured_on_one_thread() -> None:
+    """Other programs on the machine do not change it, and the threads of this one stay."""
+    threads = torch.get_num_threads()
+    before = time.thread_time()
+    seconds = cpu_types._seconds(torch.float32)
+    assert 0 < seconds <= time.thread_time() - before
+    assert torch.get_num_threads() == threads
 
 
 def test_columns_that_fit_no_form_are_asked_for(

@@ -85,8 +85,15 @@ def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
     """
     for field, column in renamed.items():
         if column not in columns:
+            outer, dot, _ = column.partition(".")
+            nested = (
+                "; fields within a field are not read: write its values as fields of the record"
+                if dot and outer in columns
+                else ""
+            )
             raise ConfigError(
-                f"--column {field}={column}: the records have the columns {', '.join(columns)}"
+                f"--column {field}={column}: the records have the columns "
+                f"{', '.join(columns)}{nested}"
             )
 
     fits = [form for form in FORMS if set(REQUIRED_FIELDS[form]) <= {*columns, *renamed}]
