@@ -185,7 +185,7 @@ IDLE: dict[str, Idle] = {
         {"compare": ["central"]},
     ),
     "schedule of one large batch": Idle(
-        {"train": {"lr_scheduler_type": "constant"}},
+        {"train": {"lr_scheduler_type": "cosine"}},
         "train.lr_scheduler_type",
         "no site takes more than one optimizer step",
         {"train": {"max_steps": None, "per_device_train_batch_size": 1000}},
@@ -451,6 +451,11 @@ def test_a_setting_of_later_rounds_is_a_remark(name: str, run_config: Table) -> 
     assert row.why in remark
     assert not remarks(row.base)
     assert not remarks(row.base, row.otherwise, row.setting)
+
+
+def test_one_step_has_a_constant_rate(run_config: Table) -> None:
+    train = {"train": {"max_steps": 1, "lr_scheduler_type": "constant"}}
+    plan(parse(merged([run_config, {"method": {"name": "fedavg"}}, train], {}), "test"))
 
 
 def test_a_run_refuses_it_before_it_writes_anything(run_config: Table, tmp_path: Path) -> None:

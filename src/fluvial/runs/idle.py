@@ -16,7 +16,8 @@ from fluvial.models.cpu_types import slow_types
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import train_config
 
-_OF_STEPS = ("train.lr_scheduler_type", "train.warmup_ratio", "train.warmup_steps")
+_SCHEDULE = "train.lr_scheduler_type"
+_OF_STEPS = (_SCHEDULE, "train.warmup_ratio", "train.warmup_steps")
 """Settings that shape the learning rate over the steps of a round."""
 
 
@@ -83,7 +84,9 @@ def _idle_in_steps(config: RunConfig, planned: Plan, texts: Texts) -> dict[str, 
         return {}  # pooled data has a step for each site
     if _steps(config, planned, texts) != 1:
         return {}
-    return dict.fromkeys(_OF_STEPS, "no site takes more than one optimizer step in a round")
+    why = "no site takes more than one optimizer step in a round"
+    flat = config.train.lr_scheduler_type == "constant"  # which is what one step has
+    return {place: why for place in _OF_STEPS if not (flat and place == _SCHEDULE)}
 
 
 def _steps(config: RunConfig, planned: Plan, texts: Texts) -> int | None:
