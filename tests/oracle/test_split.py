@@ -146,7 +146,7 @@ def test_weights_after_20_steps_of_adamw_with_one_clip_are_those_of_the_whole_mo
             optimizer.zero_grad()
 
     for name, parameter in whole.named_parameters():
-        assert float((trained[name] - parameter).detach().abs().max()) <= 1e-5, name
+        assert float((trained[name] - parameter).detach().abs().max()) <= 3e-5, name
 
 
 def test_a_layer_that_uses_weights_of_another_part_is_refused(tmp_path: Path) -> None:
