@@ -342,7 +342,9 @@ def _for_all(renamed: Mapping[str, dict[str, str]]) -> dict[str, str]:
 
 def _columns(source: str, names: Sequence[str]) -> dict[str, str]:
     """Return the columns of question and answer, or of a text, as the user answers."""
-    err.print(f"  columns of {safe_text(source)}: {safe_text(', '.join(names))}", markup=False)
+    from fluvial.runs.proposal.columns import names_shown
+
+    err.print(f"  columns of {safe_text(source)}: {safe_text(names_shown(names))}", markup=False)
     first = typer.prompt("Column with the text, or with the question", err=True)
     question = "Column with the answer, or Enter where there is none"
     answer = typer.prompt(question, default="", show_default=False, err=True)

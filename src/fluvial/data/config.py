@@ -73,7 +73,8 @@ class DataConfig(Settings):
     form: Literal["auto", Form] = "auto"
     """Form of a record; "auto" finds it by the fields. A txt file always has the form "text"."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Names of columns: our field = your column, such as {completion = "answer"}."""
+    """Names of columns: our field = your column, such as {completion = "answer"}; "dialog.answer"
+    is the field `answer` of the object `dialog`."""
     encoding: str = UTF8
     """Encoding of text files by Python's names: "utf-8" (with or without a byte order mark),
     "cp1252", "utf-16"."""

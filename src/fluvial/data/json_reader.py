@@ -107,8 +107,8 @@ def read_document(path: Path, reading: Reading) -> Table:
     lists = {key: items for key, items in fields if items is not None}
     if _is_record([key for key, _ in fields], lists):
         line = text.count("\n", 0, text.index("{")) + 1
-        record = _record(_loads(text))
-        return Table(str(path), ".json", [Row(record, Place(str(path), "line", line))], (*record,))
+        rows = [Row(_record(_loads(text)), Place(str(path), "line", line))]
+        return Table(str(path), ".json", rows, columns_of(rows))
 
     if len(lists) != 1:
         raise DataError([f"{name}: {_no_list(lists, [key for key, _ in fields])}"])

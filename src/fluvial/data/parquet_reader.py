@@ -9,7 +9,7 @@ from typing import Any
 from fluvial.data.faults import DataError, shown
 from fluvial.data.files import read_bytes
 from fluvial.data.reading import Reading
-from fluvial.data.rows import Number, Place, Row, Table, Unreadable, typed
+from fluvial.data.rows import Number, Place, Row, Table, Unreadable, columns_of, typed
 from fluvial.formatting import safe_line
 
 
@@ -36,7 +36,8 @@ def read_parquet(path: Path, _: Reading) -> Table:
         twice = next(each for each in names if names.count(each) > 1)
         raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
 
-    return Table(str(path), ".parquet", rows_of(table, str(path), "row"), tuple(names))
+    rows = rows_of(table, str(path), "row")
+    return Table(str(path), ".parquet", rows, columns_of(rows))
 
 
 def rows_of(table: Any, name: str, unit: str) -> list[Row]:

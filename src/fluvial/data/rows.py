@@ -1,11 +1,12 @@
 """Rows of a file as they were read, each with its place; no type of a value is guessed."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from fluvial.data.faults import shown
 from fluvial.formatting import safe_line
 
 
@@ -29,6 +30,58 @@ class Unreadable:
     """Type of the value as its file names it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Within:
+    """A place that a dotted name leads to, within a value that is no object."""
+
+    name: str
+    """Dotted name of the value."""
+    value: Any
+
+
+class Cells(Mapping[str, Any]):
+    """The values of a record by name: fields of the record, and `outer.inner` within objects.
+
+    A field whose own name has the dot comes first. What is within null is null, and what is within
+    any other value that is no object is `Within`.
+
+    >>> Cells({"dialog": {"question": "Why?"}})["dialog.question"]
+    'Why?'
+    """
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.fields = fields
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.fields:
+            return self.fields[name]
+
+        outer = name
+        while "." in outer:
+            outer = outer.rpartition(".")[0]
+            if outer in self.fields:
+                return _inner(outer, self.fields[outer], name[len(outer) + 1 :])
+
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+def _inner(outer: str, value: Any, name: str) -> Any:
+    """Return the field `name` of the object `value`, which is named `outer`."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        return Within(outer, value)
+
+    found = Cells(value)[name]
+    return Within(f"{outer}.{found.name}", found.value) if isinstance(found, Within) else found
+
+
 class Place(NamedTuple):
     """The place of a row."""
 
@@ -49,6 +102,11 @@ class Row:
     fields: Mapping[str, Any]
     place: Place
 
+    @property
+    def cells(self) -> Cells:
+        """Return the values by name, those of fields within objects too."""
+        return Cells(self.fields)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -60,14 +118,32 @@ class Table:
     """Suffix of the file, such as ".csv", or "data set"."""
     rows: Sequence[Row]
     columns: tuple[str, ...]
-    """Names of the columns, in the order of the file."""
+    """Names of the columns, in the order of the file; see `columns_of`."""
     notes: tuple[str, ...] = field(default=())
     """Remarks for the person who runs it, such as the number of blank lines."""
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Return the names of all fields, in the order in which they appear first."""
-    return tuple(dict.fromkeys(name for row in rows for name in row.fields))
+    """Return the names of all fields, in the order in which they appear first.
+
+    The fields of an object are named `outer.inner` in its place, at any depth, as `flatten` of
+    Hugging Face's `datasets` names them.
+    """
+    filled: dict[str, bool] = {}
+    for row in rows:
+        for name, value in _leaves(row.fields, ""):
+            filled[name] = filled.get(name, False) or value is not None
+
+    outer = {name[:dot] for name in filled for dot, sign in enumerate(name) if sign == "."}
+    return tuple(name for name, has_value in filled.items() if has_value or name not in outer)
+
+
+def _leaves(fields: Mapping[str, Any], outer: str) -> Iterator[tuple[str, Any]]:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{outer}{name}.")
+        else:
+            yield outer + name, value
 
 
 def typed(value: Any) -> Any:
@@ -98,6 +174,8 @@ def described(value: Any) -> str:
         return "a number" if value.finite else f"{value.text}, which stands for a missing value"
     if isinstance(value, Unreadable):
         return f"a value of type {safe_line(value.kind)}, which cannot be read"
+    if isinstance(value, Within):
+        return f"within {shown(value.name)}, which is {described(value.value)} and no object"
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list):

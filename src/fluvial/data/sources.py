@@ -235,7 +235,7 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
     empty = 0
     for row in table.rows:
         try:
-            record = reader.read(row.place, row.fields)
+            record = reader.read(row.place, row.cells)
         except ConfigError as error:
             faults.include(error)
             continue
@@ -311,8 +311,8 @@ def classes_of(
         return None
 
     column = partition.column
-    if not any(column in entry.row.fields for entry in entries):
-        columns = columns_of([entry.row for entry in entries[:1000]])
+    columns = columns_of([entry.row for entry in entries])
+    if column not in columns:
         raise ConfigError(
             f"data.partition.column={column!r}: {where} has the columns "
             f"{', '.join(map(_bare, columns))}"
@@ -334,10 +334,10 @@ def _bare(name: str) -> str:
 
 def _class_of(row: Row, column: str) -> str:
     name = f"{row.place}: data.partition.column={shown(column)}"
-    if column not in row.fields:
+    if column not in row.cells:
         raise ConfigError(f"{name}: the record has no such field; add it, or remove the record")
 
-    value: Any = row.fields[column]
+    value: Any = row.cells[column]
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, Number) and value.finite:

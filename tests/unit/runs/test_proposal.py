@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app, init
 from fluvial.data.records import Answered
+from fluvial.data.rows import Place, Row, columns_of
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models import cpu_types
 from fluvial.runs.config import RunConfig, load, parse
@@ -415,11 +416,62 @@ def test_columns_of_several_sources_are_asked_for(
     assert tables["oslo"].columns == {"prompt": "q", "completion": "a"}
 
 
-def test_a_field_within_a_field_is_told_from_a_column_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="columns mail, team; fields within a field are not read"):
-        form_of(["mail", "team"], {"prompt": "mail.subject", "completion": "team"})
-    with pytest.raises(ConfigError, match="columns mail, team$"):
-        form_of(["mail", "team"], {"prompt": "post.subject", "completion": "team"})
+def within(row: dict[str, str]) -> dict[str, Any]:
+    """Return a record with its question and answer in one object and its owner in another."""
+    dialog = {"question": row["question"], "answer": row["answer"]}
+    return {"id": 1, "dialog": dialog, "meta": {"hospital": row["hospital"]}}
+
+
+def test_columns_within_an_object_are_guessed_and_may_be_named(tiny_model: Path) -> None:
+    data = written(list(map(within, answers())))
+    options = ("--model", str(tiny_model), "--data", data)
+    result = run_init("--yes", *options)
+    config = load(Path("q.toml"))
+    assert config.data.columns == {"prompt": "dialog.question", "completion": "dialog.answer"}
+    assert config.data.partition.model_dump()["column"] == "meta.hospital"
+    assert "columns id, dialog.question, dialog.answer, meta.hospital" in " ".join(
+        result.output.split()
+    )
+
+    turned = ("--column", "prompt=dialog.answer", "--column", "completion=dialog.question")
+    config = proposed("--force", *options, *turned, "--site-column", "meta.hospital")
+    assert config.data.columns == {"prompt": "dialog.answer", "completion": "dialog.question"}
+    with pytest.raises(ConfigError, match="the records have the columns id, dialog.question, dia"):
+        run_init("--yes", "--force", *options, "--column", "text=dialog.query")
+    with pytest.raises(ConfigError, match="has the columns id, dialog.question, dialog.answer, me"):
+        run_init("--yes", "--force", *options, "--site-column", "meta.town")
+
+
+def test_a_guess_looks_into_objects_where_the_columns_fit_no_form() -> None:
+    def guess(*records: dict[str, Any]) -> object:
+        rows = [Row(fields, Place("a", "line", 1)) for fields in records]
+        return guessed_columns(columns_of(rows), rows)
+
+    dialog = {"question": "q", "answer": "a"}
+    both = {"prompt": "dialog.question", "completion": "dialog.answer"}
+    assert guess({"id": "1", "dialog": dialog}) == ("prompt_completion", both)
+    assert guess({"text": "t", "dialog": dialog}) == ("text", {})
+    turns = [{"role": "user", "content": "q"}]
+    assert guess({"x": {"turns": turns}}) == ("messages", {"messages": "x.turns"})
+    alpaca = {"instruction": "i", "input": "", "output": "o"}
+    names = {field: f"x.{field}" for field in ("instruction", "output", "input")}
+    assert guess({"x": alpaca}) == ("alpaca", names)
+    assert guess({"id": "a-1", "x": {"text": "a text"}}) == ("text", {"text": "x.text"})
+
+    for unsure in (
+        {"dialog": dialog, "first": dialog},  # two objects fit
+        {"question": "Why?", "answers": {"text": ["a"], "start": [1]}},  # a list is no text
+        {"abstract": "a long text", "meta": {"note": "n"}},  # another text is beside it
+        {"x": {"turns": "a text"}},
+    ):
+        with pytest.raises(ConfigError, match="which of the columns .* is the text"):
+            guess(unsure)
+
+
+def test_a_message_lists_no_more_than_twenty_columns() -> None:
+    names = [f"c{n}" for n in range(23)]
+    with pytest.raises(ConfigError, match="the columns c0, c1, .*c19 and 3 more$"):
+        form_of(names, {"text": "d"})
 
 
 def test_the_speed_of_a_type_is_measured_on_one_thread() -> None:

@@ -6,7 +6,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluvial.data.forms import FORMS, REQUIRED_FIELDS, Form, detect_form
+from fluvial.data.forms import (
+    CONVERSATIONS,
+    FORMS,
+    REQUIRED_FIELDS,
+    Form,
+    detect_form,
+    fields_of,
+)
 from fluvial.data.rows import Number, Row
 from fluvial.errors import ConfigError
 
@@ -27,6 +34,10 @@ LIKE: dict[str, tuple[str, ...]] = {
     "text": ("text", "content", "note", "report", "body", "sentence", "story"),
 }
 """Usual names of columns for a field, the best first."""
+LIKELY_FORMS: tuple[Form, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
+"""Forms in the order in which they are guessed."""
+MOST_NAMES = 20
+"""Names of columns that a message lists."""
 OWNERS = (
     *("site", "hospital", "clinic", "client", "owner", "bank", "branch", "institution", "center"),
     *("centre", "organisation", "organization", "company", "factory", "plant", "department"),
@@ -50,16 +61,38 @@ MOST_CLASSES = 20
 """Values of a column of numbers that may be labels."""
 
 
-def guessed_columns(columns: Sequence[str]) -> tuple[Form, dict[str, str]]:
+def guessed_columns(
+    columns: Sequence[str], rows: Sequence[Row] = ()
+) -> tuple[Form, dict[str, str]]:
     """Return the form of records with these columns, and the columns to rename (our field = the
-    column); raises `ConfigError` where none fits."""
+    column); raises `ConfigError` where none fits.
+
+    Fields within an object of the `rows` are looked at where none of the columns fit.
+    """
+    found = _guessed(columns)
+    if found is None:
+        within = [_guessed_within(outer, columns, rows) for outer in _objects(columns, rows)]
+        fitting = [each for each in within if each is not None]
+        found = fitting[0] if len(fitting) == 1 else None
+    if found is not None:
+        return found
+
+    raise ConfigError(
+        f"--data: which of the columns {names_shown(columns)} is the text? Name it with "
+        "--column text=COLUMN, or question and answer with --column prompt=COLUMN --column "
+        "completion=COLUMN"
+    )
+
+
+def _guessed(columns: Sequence[str]) -> tuple[Form, dict[str, str]] | None:
+    """Return the form and the columns to rename that the names suggest, None where they do not."""
     try:
         return detect_form(columns, "data"), {}
     except ConfigError:
         pass
 
     plain = {re.sub(r"[\W_]+", "", name.casefold()): name for name in reversed(columns)}
-    for form in ("messages", "sharegpt", "alpaca", "prompt_completion", "text"):
+    for form in LIKELY_FORMS:
         found = {
             field: next((plain[name] for name in LIKE[field] if name in plain), None)
             for field in REQUIRED_FIELDS[form]
@@ -71,11 +104,48 @@ def guessed_columns(columns: Sequence[str]) -> tuple[Form, dict[str, str]]:
         if None not in required and len(set(names)) == len(names):
             return form, {f: name for f, name in found.items() if name is not None and name != f}
 
-    raise ConfigError(
-        f"--data: which of the columns {', '.join(columns)} is the text? Name it with "
-        "--column text=COLUMN, or question and answer with --column prompt=COLUMN --column "
-        "completion=COLUMN"
-    )
+    return None
+
+
+def _objects(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    """Return the names of the objects that have some of the columns."""
+    outer = dict.fromkeys(name.rpartition(".")[0] for name in columns if "." in name)
+    return [name for name in outer if any(isinstance(row.cells.get(name), Mapping) for row in rows)]
+
+
+def _guessed_within(
+    outer: str, columns: Sequence[str], rows: Sequence[Row]
+) -> tuple[Form, dict[str, str]] | None:
+    """Return the form and the columns to rename that the fields of an object suggest.
+
+    Their values must be of the form's types. A text alone is not taken where the record has another
+    text beside the object, which may be what is meant.
+    """
+    inner = [name.rpartition(".")[2] for name in columns if name.rpartition(".")[0] == outer]
+    guessed = _guessed(inner)
+    if guessed is None:
+        return None
+
+    form, renamed = guessed
+    names = {field: renamed.get(field, field) for field in fields_of(form)}
+    found = {field: f"{outer}.{name}" for field, name in names.items() if name in inner}
+    kind = list if form in CONVERSATIONS else str | Number | bool
+    cells = [row.cells.get(found[field]) for row in rows for field in REQUIRED_FIELDS[form]]
+    if not all(value is None or isinstance(value, kind) for value in cells):
+        return None
+
+    others = [name for name in columns if not name.startswith(f"{outer}.")]
+    if form == "text" and any(
+        " " in (value_of(row, name) or "") for row in rows for name in others
+    ):
+        return None
+    return form, found
+
+
+def names_shown(columns: Sequence[str]) -> str:
+    """Return names of columns as a message lists them."""
+    more = f" and {len(columns) - MOST_NAMES} more" if len(columns) > MOST_NAMES else ""
+    return ", ".join(columns[:MOST_NAMES]) + more
 
 
 def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
@@ -85,15 +155,8 @@ def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
     """
     for field, column in renamed.items():
         if column not in columns:
-            outer, dot, _ = column.partition(".")
-            nested = (
-                "; fields within a field are not read: write its values as fields of the record"
-                if dot and outer in columns
-                else ""
-            )
             raise ConfigError(
-                f"--column {field}={column}: the records have the columns "
-                f"{', '.join(columns)}{nested}"
+                f"--column {field}={column}: the records have the columns {names_shown(columns)}"
             )
 
     fits = [form for form in FORMS if set(REQUIRED_FIELDS[form]) <= {*columns, *renamed}]
@@ -101,14 +164,14 @@ def form_of(columns: Sequence[str], renamed: Mapping[str, str]) -> Form:
     if not fits:
         raise ConfigError(
             f"--column: with {', '.join(f'{f}={c}' for f, c in renamed.items())} the columns "
-            f"{', '.join(columns)} are no form of a record; name prompt and completion, or text"
+            f"{names_shown(columns)} are no form of a record; name prompt and completion, or text"
         )
     return (named or fits)[0]
 
 
 def value_of(row: Row, column: str) -> str | None:
     """Return the text of a row's cell as a site's name, None where there is none."""
-    value: Any = row.fields.get(column)
+    value: Any = row.cells.get(column)
     if isinstance(value, Number):
         return value.text
     return value if isinstance(value, str) and value.strip() else None
@@ -122,6 +185,8 @@ def owner_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
     """
     fitting = []
     for column in columns:
+        if not rows or value_of(rows[0], column) is None:
+            continue
         counts = Counter(value_of(row, column) for row in rows)
         if None not in counts and 2 <= len(counts) <= MOST_SITES and min(counts.values()) >= 2:
             fitting.append(column)
@@ -149,7 +214,7 @@ def may_be_answers(rows: Sequence[Row], column: str) -> bool:
     else."""
     if set(_words(column)) & {*ABOUT, *OWNERS} or numbers_records(rows, column):
         return False
-    cells = [row.fields.get(column) for row in rows]
+    cells = [row.cells.get(column) for row in rows]
     values = [
         str(cell) if isinstance(cell, bool) else value_of(row, column)
         for row, cell in zip(rows, cells, strict=True)
@@ -163,7 +228,7 @@ def may_be_answers(rows: Sequence[Row], column: str) -> bool:
 
 def kinds(rows: Sequence[Row], column: str) -> tuple[bool, int]:
     """Return whether a column has numbers, and how many values it has."""
-    numbers = any(isinstance(row.fields.get(column), Number) for row in rows)
+    numbers = any(isinstance(row.cells.get(column), Number) for row in rows)
     return numbers, len({value_of(row, column) for row in rows})
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fluvial.data.files import UTF8
 from fluvial.errors import ConfigError
+from fluvial.runs.proposal.columns import names_shown
 from fluvial.runs.proposal.file_reading import is_ascii, usual_delimiter
 from fluvial.runs.proposal.records import (
     DataFacts,
@@ -93,8 +94,8 @@ def _fitted(files: RecordFiles, data: DataFacts) -> Heldout:
     except ConfigError:
         named = [data.columns.get(field, field) for field in data.texts]
         raise ConfigError(
-            f"--heldout {files.source!r}: its columns {', '.join(files.names)} fit no form of a "
-            f"record; name them {' and '.join(named)}, as in {data.source!r}"
+            f"--heldout {files.source!r}: its columns {names_shown(files.names)} fit no form of "
+            f"a record; name them {' and '.join(named)}, as in {data.source!r}"
         ) from None
 
     if (facts.form == "text") != (data.form == "text"):

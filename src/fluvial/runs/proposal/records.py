@@ -23,6 +23,7 @@ from fluvial.runs.proposal.columns import (
     is_usual_owner,
     kinds,
     may_be_answers,
+    names_shown,
     owner_columns,
     value_of,
 )
@@ -109,7 +110,7 @@ class DataFacts:
         records = []
         for row in rows[:: max(1, len(rows) // SAMPLE)]:
             try:
-                records.append(reader.read(row.place, row.fields))
+                records.append(reader.read(row.place, row.cells))
             except ConfigError:
                 continue
 
@@ -186,7 +187,9 @@ def facts_about(
     names = files.names
     try:
         form, renamed = (
-            (form_of(names, columns), dict(columns)) if columns else guessed_columns(names)
+            (form_of(names, columns), dict(columns))
+            if columns
+            else guessed_columns(names, files.rows)
         )
     except ConfigError:
         if ask is None:
@@ -196,7 +199,7 @@ def facts_about(
 
     texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form]]
     numbers = any(
-        isinstance(row.fields.get(name), Number | bool) for row in files.rows for name in texts
+        isinstance(row.cells.get(name), Number | bool) for row in files.rows for name in texts
     )
     changed = {field: column for field, column in renamed.items() if field != column}
     return DataFacts(files, form, changed, numbers)
@@ -318,7 +321,7 @@ def sites_by_column(facts: DataFacts, column: str) -> Sites:
     """Return a site for each value of a column; raises `ConfigError` where it has not two."""
     if column not in facts.names:
         raise ConfigError(
-            f"--site-column {column!r}: {facts.source!r} has the columns {', '.join(facts.names)}"
+            f"--site-column {column!r}: {facts.source!r} has the columns {names_shown(facts.names)}"
         )
     counts = Counter(value_of(row, column) for row in facts.rows)
     if None in counts:
