@@ -18,7 +18,8 @@ from fluvial.storage.files import write_whole, writing
 if TYPE_CHECKING:
     from fluvial.runs.proposal.models import ModelFacts
     from fluvial.runs.proposal.proposing import Proposal
-    from fluvial.runs.proposal.records import DataFacts, Sites
+    from fluvial.runs.proposal.records import DataFacts
+    from fluvial.runs.proposal.sites import Sites
 
 T = TypeVar("T")
 ANOTHER = "name another file"
@@ -98,33 +99,29 @@ def init(
             )
 
     asks = not no_input and _on_terminal()
-    from fluvial.runs.proposal.heldout import fitted, read_heldout
+    from fluvial.runs.proposal.given import read_given
+    from fluvial.runs.proposal.heldout import fitted
     from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
-    from fluvial.runs.proposal.records import (
-        facts_about,
-        read_records,
-        separate,
-        sites_by_source,
-    )
+    from fluvial.runs.proposal.records import facts_about, read_records
+    from fluvial.runs.proposal.separate import separate
+    from fluvial.runs.proposal.sites import sites_by_source
 
     renamed = _renamed(column or [])
     of_all = {} if several else _for_all(renamed)
     chosen_limits = None if limit is None else limits_of(limit)
 
-    if public is not None:
-        read_records(public, "--public")
-    asked = {}
-    try:
-        asked = read_heldout(heldout or [], data or [])
-    except ConfigError as error:
-        faults.include(error)
-    if data is not None and several and faults.count:
-        try:
-            separate(data, renamed)
-        except ConfigError as error:
-            faults.include(error)
+    def decide(facts: "DataFacts") -> None:
+        if not asks:
+            divided = _sites(facts, site_column, sites, asks)
+            if not renamed:
+                _with_answers(facts, divided, asks)
+
+    with spinner("reading the records"):
+        named = read_given(data or [], heldout or [], public)
+        if not asks or named.is_faulty or faults.count:
+            named.include_faults(renamed, decide, faults)
     faults.raise_any()
 
     def looked_at_model(name: str) -> "ModelFacts":
@@ -132,8 +129,11 @@ def init(
             return look_at_model(name)
 
     def looked_at_data(name: str) -> "DataFacts":
-        with spinner("reading the records"):
-            files = read_records(name)
+        if data:
+            files = named.data[0]
+        else:
+            with spinner("reading the records"):
+                files = read_records(name)
         return facts_about(files, of_all, partial(_columns, name) if asks else None)
 
     facts = _answer(
@@ -146,8 +146,8 @@ def init(
     )
     _found(facts.words(), asks)
     records: DataFacts
-    if data is not None and several:
-        separate_records = separate(data, renamed, _columns if asks else None)
+    if several:
+        separate_records = separate(named.data, renamed, _columns if asks else None)
         records, divided = separate_records, sites_by_source(separate_records)
     else:
         records = _answer(
@@ -162,7 +162,7 @@ def init(
     _found(divided.words(), asks)
     if not renamed:
         records = _with_answers(records, divided, asks)
-    apart = fitted(asked, records)
+    apart = fitted(named.heldout, records)
 
     if chosen_limits is None and asks:
         for name, meaning in LIMITS.items():
@@ -239,7 +239,7 @@ def _answer(
 
 def _sites(records: "DataFacts", site_column: str | None, sites: int | None, asks: bool) -> "Sites":
     """Return the partition that is given, found or answered; raises `ConfigError` without one."""
-    from fluvial.runs.proposal import records as known
+    from fluvial.runs.proposal import sites as known
 
     def read(answer: str) -> "Sites":
         if answer.isdecimal():
@@ -289,7 +289,8 @@ def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFact
     Raises `ConfigError` where one may be, and nobody can be asked.
     """
     from fluvial.runs.proposal.columns import as_options
-    from fluvial.runs.proposal.records import answer_pairs, facts_about
+    from fluvial.runs.proposal.records import facts_about
+    from fluvial.runs.proposal.sites import answer_pairs
 
     pairs = answer_pairs(records, sites)
     if not pairs:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fluvial.data.faults import DataError, Faults, shown
 from fluvial.data.files import read_text
 from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
-from fluvial.data.rows import Place, Row, Table
+from fluvial.data.rows import Place, Row, Table, without_faults
 from fluvial.formatting import safe_line
 
 DELIMITERS = ",;\t|"
@@ -39,29 +39,41 @@ def read_delimited(path: Path, reading: Reading) -> Table:
     faults = Faults()
     blank = 0
 
-    for number, cells in lines:
-        place = Place(str(path), "line", number)
-        if not any(cell.strip() for cell in cells):
-            blank += 1
-        elif _names(cells) == _names(header):
-            faults.add(f"{place}: repeats the header, as in files that were joined; remove it")
-        elif cells[0].startswith(MARK):
-            faults.add(f"{place}: {MARKED}")
-        elif len(cells) != len(columns):
-            faults.add(
-                f"{place}: has {len(cells)} cells, the header has {len(columns)}; put a cell that "
-                f"holds {_spoken(delimiter)}, a quote or a line break in double quotes"
-            )
-        elif any(
-            cell.lstrip()[:1] == '"' and cell[:1] in " \t" and cell.rstrip()[-1:] == '"'
-            for cell in cells
-        ):
-            faults.add(f"{place}: a blank stands before the opening quote of a cell; remove it")
-        else:
-            rows.append(Row(dict(zip(columns, cells, strict=True)), place))
+    with faults.catch():  # a broken row ends the table
+        for number, cells in lines:
+            place = Place(str(path), "line", number)
+            if not any(cell.strip() for cell in cells):
+                blank += 1
+                continue
 
-    faults.raise_any()
-    return Table(str(path), path.suffix.lower(), rows, columns, skipped(blank))
+            fault = _fault_of(cells, header, delimiter)
+            if fault is None:
+                rows.append(Row(dict(zip(columns, cells, strict=True)), place))
+            else:
+                faults.add(f"{place}: {fault}")
+
+    table = Table(str(path), path.suffix.lower(), rows, columns, skipped(blank))
+    return without_faults(table, faults)
+
+
+def _fault_of(cells: Sequence[str], header: Sequence[str], delimiter: str) -> str | None:
+    """Return what is wrong with a row, None for a good one."""
+    if _names(cells) == _names(header):
+        return "repeats the header, as in files that were joined; remove it"
+    if cells[0].startswith(MARK):
+        return MARKED
+    if len(cells) != len(header):
+        return (
+            f"has {len(cells)} cells, the header has {len(header)}; put a cell that holds "
+            f"{_spoken(delimiter)}, a quote or a line break in double quotes"
+        )
+    if any(
+        cell.lstrip()[:1] == '"' and cell[:1] in " \t" and cell.rstrip()[-1:] == '"'
+        for cell in cells
+    ):
+        return "a blank stands before the opening quote of a cell; remove it"
+
+    return None
 
 
 def _names(cells: Sequence[str]) -> list[str]:

@@ -1,7 +1,8 @@
 """Faults of data files, collected over all files and sites for one message."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -47,6 +48,14 @@ class Faults:
         else:
             self.add(str(error))
 
+    @contextmanager
+    def catch(self) -> Iterator[None]:
+        """Add the faults of a `ConfigError` that is raised within, which ends there."""
+        try:
+            yield
+        except ConfigError as error:
+            self.include(error)
+
     def of_site(self, name: str, settings: Iterable[str]) -> "Faults":
         """Return the same faults for the table of one site, which has `settings` of its own."""
         table = f"data.by_site.{name}"
@@ -61,6 +70,17 @@ class Faults:
     def include_all(self, other: "Faults") -> None:
         """Add the faults that were collected elsewhere."""
         self._extend(other.first, other.count)
+
+    def include_evenly(self, others: Sequence["Faults"]) -> None:
+        """Add the faults of several files; where there are too many to list, some of each."""
+        listed = [0] * len(others)
+        for place in range(SHOWN):
+            for number, other in enumerate(others):
+                if place < len(other.first) and sum(listed) < SHOWN - len(self.first):
+                    listed[number] += 1
+
+        for other, most in zip(others, listed, strict=True):
+            self._extend(other.first[:most], other.count)
 
     def _extend(self, faults: Sequence[str], count: int) -> None:
         new = [fault for fault in faults if fault not in self.first]

@@ -10,7 +10,7 @@ from fluvial.data.files import read_text
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS
 from fluvial.data.json_document import DECODER, Items, document
 from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
-from fluvial.data.rows import Place, Row, Table, columns_of
+from fluvial.data.rows import Place, Row, Table, columns_of, without_faults
 from fluvial.formatting import safe_line
 
 _STRICT = "; JSON has no comments, no comma after a last element, and texts in double quotes"
@@ -49,10 +49,8 @@ def _json_lines(path: Path, text: str) -> Table:
             ]
         )
 
-    faults.raise_any()
-    return Table(
-        str(path), ".jsonl", rows, columns_of(rows), skipped(blank - text.endswith(("\n", "\r")))
-    )
+    notes = skipped(blank - text.endswith(("\n", "\r")))
+    return without_faults(Table(str(path), ".jsonl", rows, columns_of(rows), notes), faults)
 
 
 def _loads(line: str) -> Any:
@@ -159,5 +157,4 @@ def _table_of_items(path: Path, items: Sequence[tuple[int, Any]]) -> Table:
         except ValueError as error:
             faults.add(f"{place} {error}")
 
-    faults.raise_any()
-    return Table(str(path), ".json", rows, columns_of(rows))
+    return without_faults(Table(str(path), ".json", rows, columns_of(rows)), faults)

@@ -12,7 +12,7 @@ from fluvial.data.files import UTF8, read_text
 from fluvial.data.json_reader import read_document, read_lines
 from fluvial.data.parquet_reader import read_parquet
 from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
-from fluvial.data.rows import Place, Row, Table
+from fluvial.data.rows import Place, Row, Table, without_faults
 from fluvial.formatting import safe_line
 
 
@@ -55,14 +55,13 @@ def _text(path: Path, reading: Reading) -> Table:
         if line.startswith(MARK):
             faults.add(f"{Place(str(path), 'line', number)}: {MARKED}")
 
-    faults.raise_any()
     rows = [
         Row({"text": line}, Place(str(path), "line", number))
         for number, line in enumerate(lines, start=1)
         if line.strip()
     ]
 
-    return Table(str(path), ".txt", rows, ("text",), skipped(blank))
+    return without_faults(Table(str(path), ".txt", rows, ("text",), skipped(blank)), faults)
 
 
 READERS: dict[str, Callable[[Path, Reading], Table]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from fluvial.data.faults import shown
+from fluvial.data.faults import DataError, Faults, shown
 from fluvial.formatting import safe_line
 
 
@@ -121,6 +121,22 @@ class Table:
     """Names of the columns, in the order of the file; see `columns_of`."""
     notes: tuple[str, ...] = field(default=())
     """Remarks for the person who runs it, such as the number of blank lines."""
+
+
+class FaultyRowsError(DataError):
+    """Faults of some rows of a file."""
+
+    def __init__(self, faults: Faults, table: Table) -> None:
+        super().__init__(faults.first, faults.count)
+        self.table = table
+        """The other rows, so that their faults can be told too."""
+
+
+def without_faults(table: Table, faults: Faults) -> Table:
+    """Return a table; raise `FaultyRowsError` with it if there are faults."""
+    if faults.count:
+        raise FaultyRowsError(faults, table)
+    return table
 
 
 def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from fluvial.data.partition import Drawn, Iid
 from fluvial.data.readers import READERS, read_file
 from fluvial.data.reading import Reading
 from fluvial.data.records import Record, RecordReader, Text, encodable
-from fluvial.data.rows import Number, Row, Table, columns_of, described
+from fluvial.data.rows import FaultyRowsError, Number, Row, Table, columns_of, described
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
 from fluvial.storage.files import exists
@@ -105,12 +105,7 @@ def read_each(source: Source, faults: Faults) -> dict[str, Found]:
                 "rename one or join them"
             )
 
-        try:
-            read = [read_file(path, reading)]
-        except DataError as error:
-            faults.include(_placed(error, source))
-            read = []
-
+        read = _readable(path, reading, source, faults)
         by_file[path.stem] = _joined(_records(table, source, faults) for table in read)
 
     return by_file
@@ -140,12 +135,21 @@ def tables(source: Source, faults: Faults) -> list[Table]:
     reading = _reading(source, files)
 
     for path in files:
-        try:
-            read.append(read_file(path, reading))
-        except DataError as error:
-            faults.include(_placed(error, source))
+        read += _readable(path, reading, source, faults)
 
     return read
+
+
+def _readable(path: Path, reading: Reading, source: Source, faults: Faults) -> list[Table]:
+    """Return a file's rows, as far as they can be read, as a table; the rest goes to `faults`."""
+    try:
+        return [read_file(path, reading)]
+    except FaultyRowsError as error:
+        faults.include(_placed(error, source))
+        return [error.table] if error.table.rows else []
+    except DataError as error:
+        faults.include(_placed(error, source))
+        return []
 
 
 def _placed(error: DataError, source: Source) -> DataError:

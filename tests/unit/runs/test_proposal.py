@@ -27,7 +27,8 @@ from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.lengths import Lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for
 from fluvial.runs.proposal.proposing import path_from
-from fluvial.runs.proposal.records import Sites, facts_about, read_records
+from fluvial.runs.proposal.records import facts_about, read_records
+from fluvial.runs.proposal.sites import Sites
 from tests.support.models import shared_four_layers
 
 WORDS = {"north": "snow ice wind", "south": "sun sand heat", "west": "rain sea wave"}
@@ -185,8 +186,8 @@ def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:
     words = "'shift' or 'team' may be the answer.*--column rome:prompt=text"
     with pytest.raises(ConfigError, match=words):
         run_init("--force", "--yes", *sources, *oslo)
-    missing = "(?s)3 faults.*--heldout: there is no file"
-    every = f"{missing}.*{words}.*'oslo.jsonl': which of the columns q, a "
+    missing = "--heldout: there is no file"
+    every = f"(?s)3 faults.*{words}.*'oslo.jsonl': which of the columns q, a .*{missing}"
     with pytest.raises(ConfigError, match=every):
         run_init("--force", "--yes", *sources, "--heldout", "held.jsonl")
     with pytest.raises(ConfigError, match="--column bern:...: no --data makes a site 'bern'"):

@@ -1,10 +1,12 @@
 """Held-out records beside the records of a proposal: of all sites, or of one of several."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluvial.data.faults import Faults
 from fluvial.data.files import UTF8
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import names_shown
@@ -14,9 +16,9 @@ from fluvial.runs.proposal.records import (
     RecordFiles,
     SeparateFacts,
     facts_about,
-    read_records,
-    site_of,
+    readable_records,
 )
+from fluvial.runs.proposal.separate import site_of
 from fluvial.storage.kinds import kind_of, taken_over
 
 ALL = ""
@@ -27,30 +29,36 @@ ALL = ""
 class Heldout:
     """Held-out records of a source, and how they are read."""
 
-    files: RecordFiles
+    facts: DataFacts
     reading: Mapping[str, Any]
     """Settings in which its reading differs from that of the records to train on."""
-    numbers: bool
-    """True where a text is a JSON number or boolean."""
 
 
-def read_heldout(options: Sequence[str], sources: Sequence[str]) -> dict[str, RecordFiles]:
+def read_heldout(
+    options: Sequence[str], sources: Sequence[str], faults: Mapping[str, Faults]
+) -> dict[str, RecordFiles]:
     """Return the records that each `--heldout` names, by site; those of all sites are under `ALL`.
 
-    `sources` are those of --data. With several, SITE=FILE names the records of one site. Raises
-    `ConfigError` for two of one site, for a site that there is not, and for what cannot be read.
+    `sources` are those of --data. With several, SITE=FILE names the records of one site. What
+    cannot be read goes to `faults` of its source; two of one site, and a site that there is not, to
+    those of "".
     """
-    sites = list(map(site_of, sources)) if len(sources) > 1 else []
+    sites: list[str] = []
+    for source in sources if len(sources) > 1 else ():
+        with faults[source].catch():
+            sites.append(site_of(source))
+
     found: dict[str, RecordFiles] = {}
     for option in options:
-        site, source = _parted(option, sites)
-        if site in found:
-            of = f"of site {site!r}" if site else "of all sites"
-            raise ConfigError(f"--heldout {option!r}: names the records {of} again; keep one")
-        found[site] = read_records(source, "--heldout")
+        with faults[""].catch():
+            site, source = _parted(option, sites)
+            if site in found:
+                of = f"of site {site!r}" if site else "of all sites"
+                raise ConfigError(f"--heldout {option!r}: names the records {of} again; keep one")
+            found[site] = readable_records(source, "--heldout", faults[source])
 
     if sites and found.keys() >= {ALL, *sites}:
-        raise ConfigError(
+        faults[""].add(
             f"--heldout {found[ALL].source!r}: without effect, because each site has one of its "
             "own; remove it"
         )
@@ -61,16 +69,28 @@ def fitted(asked: Mapping[str, RecordFiles], data: DataFacts) -> dict[str, Heldo
     """Return the held-out records of each site of `SeparateFacts` that has some, and of any other
     facts under `ALL`.
 
-    Raises `ConfigError` for records of another task, and for columns that fit no form.
+    Raises `DataError` for records of another task, and for columns that fit no form.
     """
-    if not isinstance(data, SeparateFacts):
-        return {ALL: _fitted(asked[ALL], data)} if asked else {}
-    chosen = {name: asked.get(name, asked.get(ALL)) for name in data.parts}
-    return {
-        name: _fitted(files, data.parts[name])
-        for name, files in chosen.items()
-        if files is not None
-    }
+    parts = data.parts if isinstance(data, SeparateFacts) else {ALL: data}
+    faults = Faults()
+    found = fitted_parts(asked, parts, defaultdict(lambda: faults))
+    faults.raise_any()
+    return found
+
+
+def fitted_parts(
+    asked: Mapping[str, RecordFiles], parts: Mapping[str, DataFacts], faults: Mapping[str, Faults]
+) -> dict[str, Heldout]:
+    """Return the held-out records of each of the `parts` that has some; those of another task, and
+    those whose columns fit no form, go to `faults` of their source."""
+    found: dict[str, Heldout] = {}
+    for name, part in parts.items():
+        files = asked.get(name, asked.get(ALL))
+        if files is not None and files.rows:
+            with faults[files.source].catch():
+                found[name] = _fitted(files, part)
+
+    return found
 
 
 def _parted(option: str, sites: Sequence[str]) -> tuple[str, str]:
@@ -110,7 +130,7 @@ def _fitted(files: RecordFiles, data: DataFacts) -> Heldout:
     reading: dict[str, Any] = {}
     if facts.columns != data.columns:
         reading["columns"] = dict(facts.columns)
-    return Heldout(files, reading | _bytes_reading(files, data.files), facts.numbers)
+    return Heldout(facts, reading | _bytes_reading(files, data.files))
 
 
 def _bytes_reading(files: RecordFiles, beside: RecordFiles) -> dict[str, str]:

@@ -16,15 +16,9 @@ from fluvial.runs.proposal.heldout import Heldout
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
-from fluvial.runs.proposal.records import (
-    DataFacts,
-    RecordFiles,
-    SeparateFacts,
-    Sites,
-    answer_pairs,
-    unused_columns,
-)
+from fluvial.runs.proposal.records import DataFacts, RecordFiles, SeparateFacts
 from fluvial.runs.proposal.settings import PLAIN, Answers, sections
+from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.storage import paths
 
 
@@ -76,7 +70,9 @@ def propose(
         uplink_mbps=uplink_mbps,
         public_path=None if public is None else path_from(file, public),
         heldout=heldout or {},
-        heldout_paths={name: _named(file, own.files) for name, own in (heldout or {}).items()},
+        heldout_paths={
+            name: _named(file, own.facts.files) for name, own in (heldout or {}).items()
+        },
     )
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "none"
     head = [

@@ -1,31 +1,20 @@
 """Facts about records: how their files are read, their form, and the sites they belong to."""
 
-import shlex
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from fluvial.data.config import BUNDLED, DataConfig
-from fluvial.data.faults import Faults, shown
-from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form, fields_of
+from fluvial.data.faults import Faults
+from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
 from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
-from fluvial.data.site_names import fault_of
 from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
-    as_options,
     form_of,
     guessed_columns,
-    is_usual_owner,
-    kinds,
-    may_be_answers,
-    names_shown,
-    owner_columns,
-    value_of,
 )
 from fluvial.runs.proposal.file_reading import usual_reading
 from fluvial.storage import toml
@@ -105,14 +94,18 @@ class DataFacts:
 
     def sample(self) -> list[Record]:
         """Return at most `SAMPLE` records, evenly spaced; faulty ones are left to `check`."""
+        return self._records(self.rows[:: max(1, len(self.rows) // SAMPLE)], Faults())
+
+    def include_faults(self, faults: Faults) -> None:
+        """Add the faults of all records to `faults`."""
+        self._records(self.rows, faults)
+
+    def _records(self, rows: Sequence[Row], faults: Faults) -> list[Record]:
         reader = RecordReader(self.form, self.columns, "text" if self.numbers else "refuse")
-        rows = self.rows
         records = []
-        for row in rows[:: max(1, len(rows) // SAMPLE)]:
-            try:
+        for row in rows:
+            with faults.catch():
                 records.append(reader.read(row.place, row.cells))
-            except ConfigError:
-                continue
 
         return records
 
@@ -139,38 +132,30 @@ class SeparateFacts(DataFacts):
         return [record for part in self.parts.values() for record in part.sample()]
 
 
-@dataclass(frozen=True)
-class Sites:
-    """The partition of records into sites."""
-
-    partition: Mapping[str, Any]
-    """Table `data.partition`."""
-    counts: Mapping[str, int]
-    """Records of each site."""
-    why: str
-
-    def words(self) -> str:
-        """Return the largest sites with their counts, and how many there are."""
-        largest = sorted(self.counts, key=lambda name: (-self.counts[name], name))
-        first = ", ".join(f"{shown(name)} {self.counts[name]:,}" for name in largest[:8])
-        return f"{len(largest)} sites ({first}{', ...' if len(largest) > 8 else ''})"
-
-
 def read_records(source: str, option: str = "--data") -> RecordFiles:
     """Return the rows of a source that `option` names; raises `ConfigError` for what cannot be
     read."""
-    if source in BUNDLED:
-        raise ConfigError(
-            f"{option} {source!r}: is text of this machine that has sites of its own; run it as it "
-            "is with `fluvial run recipe:quickstart` or recipe:stdlib"
-        )
-
-    local = is_local(source)
-    reading = usual_reading(Path(source).expanduser()) if local else {}
-    config = toml.read(DataConfig, {"source": source, **reading}, option)
     faults = Faults()
-    found = tables(Source(option, source, config.split, config.reading()), faults)
+    files = readable_records(source, option, faults)
     faults.raise_any()
+    return files
+
+
+def readable_records(source: str, option: str, faults: Faults) -> RecordFiles:
+    """Return the rows of a source that can be read; the faults of the others go to `faults`."""
+    local = is_local(source)
+    reading: Mapping[str, str] = {}
+    found = list[Table]()
+    with faults.catch():
+        if source in BUNDLED:
+            raise ConfigError(
+                f"{option} {source!r}: is text of this machine that has sites of its own; run it "
+                "as it is with `fluvial run recipe:quickstart` or recipe:stdlib"
+            )
+        reading = usual_reading(Path(source).expanduser()) if local else {}
+        config = toml.read(DataConfig, {"source": source, **reading}, option)
+        found = tables(Source(option, source, config.split, config.reading()), faults)
+
     return RecordFiles(source, local, reading, tuple(found))
 
 
@@ -203,198 +188,3 @@ def facts_about(
     )
     changed = {field: column for field, column in renamed.items() if field != column}
     return DataFacts(files, form, changed, numbers)
-
-
-def separate(
-    sources: Sequence[str],
-    columns: Mapping[str, Mapping[str, str]],
-    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None = None,
-) -> SeparateFacts:
-    """Return the facts about several sources, each of them a site's, which is named after it.
-
-    `columns` has those that the caller renames by site, and under "" those of all sites. `ask`
-    takes a source and its columns, also where a text may have its answer beside it. Raises
-    `ConfigError` for two sources of one name, `DataError` with the faults of all sources, and
-    `ConfigError` for plain text beside questions with answers.
-    """
-    names = list(map(site_of, sources))
-    for name in columns.keys() - {"", *names}:
-        raise ConfigError(
-            f"--column {name}:...: no --data makes a site {name!r}; they make {', '.join(names)}"
-        )
-
-    parts: dict[str, DataFacts] = {}
-    faults = Faults()
-    for name, source in zip(names, sources, strict=True):
-        if name in parts:
-            raise ConfigError(
-                f"--data {source!r}: another source makes the site {name!r} too; rename one"
-            )
-        try:
-            parts[name] = _part(name, source, {**columns.get("", {}), **columns.get(name, {})}, ask)
-        except ConfigError as error:
-            faults.include(error)
-
-    faults.raise_any()
-
-    forms = {part.form: name for name, part in parts.items()}
-    if len(forms) > 1 and "text" in forms:
-        other = next(name for form, name in forms.items() if form != "text")
-        raise ConfigError(
-            f"--data: the records of {forms['text']!r} are plain text and those of {other!r} have "
-            f"answers, which are two tasks; name the columns with "
-            f"{as_options('COLUMN', 'COLUMN', forms['text'])}, or leave one out"
-        )
-    every = [part.files for part in parts.values()]
-    files = RecordFiles(
-        ", ".join(each.source for each in every),
-        all(each.local for each in every),
-        {},
-        tuple(table for each in every for table in each.tables),
-    )
-    return SeparateFacts(files, next(iter(forms)), {}, False, parts)
-
-
-def site_of(source: str) -> str:
-    """Return the name of a source's site: that of its file without suffix, or of its folder.
-
-    Raises `ConfigError` for one that can be no site's.
-    """
-    path = Path(source).expanduser()
-    name = path.resolve().name if path.is_dir() else path.stem
-    fault = fault_of(name)
-    if fault is not None:
-        raise ConfigError(
-            f"--data {source!r}: its site would be named after it, but {fault}; rename the file or "
-            "folder"
-        )
-    return name
-
-
-def _part(
-    name: str,
-    source: str,
-    columns: Mapping[str, str],
-    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
-) -> DataFacts:
-    """Return the facts about the source of one of several sites."""
-    files = read_records(source)
-    try:
-        part = facts_about(files, columns, None if ask is None else partial(ask, source))
-    except ConfigError as error:
-        options = as_options("COLUMN", "COLUMN", name)
-        fault = str(error).removeprefix("--data: ")
-        raise ConfigError(f"--data {source!r}: {fault}; for this site alone, {options}") from None
-
-    pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
-    if pairs and ask is not None:
-        return facts_about(files, ask(source, files.names))
-    if pairs:
-        text, answer = pairs[0]
-        names = " or ".join(repr(each) for _, each in pairs)
-        alone = shlex.quote(f"{name}:text={text}")
-        raise ConfigError(
-            f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
-            f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
-        )
-    return part
-
-
-def sites_by_source(facts: SeparateFacts) -> Sites:
-    """Return a site for each source."""
-    counts = {name: len(part.rows) for name, part in facts.parts.items()}
-    return Sites({}, counts, "each --data is a site")
-
-
-def sites_by_file(facts: DataFacts) -> Sites:
-    """Return a site for each file of a folder; raises `ConfigError` for a single file."""
-    if len(facts.files.tables) < 2:
-        raise ConfigError(
-            f"--site-column file: {facts.source!r} is one file, and a file would be a site; name a "
-            "folder with a file for each site, or the column with the owner's name"
-        )
-    counts = {Path(table.name).stem: len(table.rows) for table in facts.files.tables}
-    return Sites({"by": "file"}, counts, "each file of the folder is a site")
-
-
-def sites_by_column(facts: DataFacts, column: str) -> Sites:
-    """Return a site for each value of a column; raises `ConfigError` where it has not two."""
-    if column not in facts.names:
-        raise ConfigError(
-            f"--site-column {column!r}: {facts.source!r} has the columns {names_shown(facts.names)}"
-        )
-    counts = Counter(value_of(row, column) for row in facts.rows)
-    if None in counts:
-        raise ConfigError(
-            f"--site-column {column!r}: {counts[None]} records name no owner; write the site's "
-            "name, or remove these records"
-        )
-    if len(counts) < 2:
-        raise ConfigError(
-            f"--site-column {column!r}: all records have the value {shown(str(next(iter(counts))))}"
-            ", and two sites are needed; name another column, or a number of equal shares"
-        )
-
-    known = {name: count for name, count in counts.items() if name is not None}
-    single = sum(count == 1 for count in known.values())
-    if 2 * single > len(known):
-        others = [name for name in likely_columns(facts) if name != column]
-        perhaps = f" (perhaps {' or '.join(others[:3])})" if others else ""
-        raise ConfigError(
-            f"--site-column {column!r}: has {len(known)} values in {len(facts.rows)} records, "
-            f"{single} of them in one record only, so it names no owners; name another column"
-            f"{perhaps}, or a number of equal shares"
-        )
-    return Sites(
-        {"by": "column", "column": column}, known, f"column {column!r} names the owner of a record"
-    )
-
-
-def equal_sites(facts: DataFacts, number: int) -> Sites:
-    """Return equal shares of the shuffled records; raises `ConfigError` for too few records."""
-    records = len(facts.rows)
-    if not 2 <= number <= records // 2:
-        raise ConfigError(
-            f"--sites {number}: choose from 2 to {records // 2}, since each site needs two of the "
-            f"{records} records"
-        )
-    width = len(str(number - 1))
-    counts = {
-        f"site-{n:0{width}}": records // number + (n < records % number) for n in range(number)
-    }
-    why = "equal shares of the shuffled records: a simulation, since no record names its owner"
-    return Sites({"by": "iid", "sites": number}, counts, why)
-
-
-def found_sites(facts: DataFacts) -> Sites | None:
-    """Return the partition that the records suggest, None where none is certain."""
-    owners = owner_columns(facts.rows, facts.other_columns)
-    if owners and is_usual_owner(owners[0]):
-        return sites_by_column(facts, owners[0])
-    return sites_by_file(facts) if len(facts.files.tables) > 1 else None
-
-
-def likely_columns(facts: DataFacts) -> Sequence[str]:
-    """Return the columns that may name the owner of a record."""
-    return owner_columns(facts.rows, facts.other_columns)
-
-
-def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
-    """Return the columns that are neither text nor owner of a record."""
-    if isinstance(facts, SeparateFacts):
-        each = [unused_columns(part, sites) for part in facts.parts.values()]
-        return list(dict.fromkeys(name for names in each for name in names))
-    used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
-    used.add(sites.partition.get("column", ""))
-    return [name for name in facts.names if name not in used]
-
-
-def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:
-    """Return the column of plain text with each unused column that may hold the answers to it,
-    words before numbers, and those of few values first."""
-    if facts.form != "text" or isinstance(facts, SeparateFacts):
-        return []
-    text = facts.columns.get("text", "text")
-    unused = unused_columns(facts, sites)
-    fitting = [name for name in unused if may_be_answers(facts.rows, name)]
-    return [(text, name) for name in sorted(fitting, key=lambda name: kinds(facts.rows, name))]

@@ -18,13 +18,8 @@ from fluvial.runs.proposal.lengths import Lengths
 from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
 from fluvial.runs.proposal.models import ModelFacts, can_quantise
-from fluvial.runs.proposal.records import (
-    DataFacts,
-    SeparateFacts,
-    Sites,
-    answer_pairs,
-    unused_columns,
-)
+from fluvial.runs.proposal.records import DataFacts, SeparateFacts
+from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
 
@@ -226,7 +221,7 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
         why = "our field = your column"
         settings.append(Setting("columns", dict(data.columns), why))
     apart = answers.heldout.get(site)
-    if data.numbers or (apart is not None and apart.numbers):
+    if data.numbers or (apart is not None and apart.facts.numbers):
         settings.append(Setting("numbers", "text", "some texts are JSON numbers"))
     if apart is None:
         return settings

@@ -1,0 +1,66 @@
+"""The files that options name, read before any question is asked, with the faults of all."""
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fluvial.data.faults import Faults
+from fluvial.runs.proposal.heldout import ALL, fitted_parts, read_heldout
+from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, readable_records
+from fluvial.runs.proposal.separate import parts_of
+
+
+@dataclass(frozen=True)
+class Given:
+    """The rows of all files that can be read, and the faults of the others."""
+
+    data: Sequence[RecordFiles]
+    heldout: Mapping[str, RecordFiles]
+    """Held-out records by site, see `read_heldout`."""
+    faults: Mapping[str, Faults]
+    """Faults of each source, and under "" those of several."""
+
+    @property
+    def is_faulty(self) -> bool:
+        """True where a file cannot be read."""
+        return any(faults.count for faults in self.faults.values())
+
+    def include_faults(
+        self,
+        columns: Mapping[str, Mapping[str, str]],
+        decide: Callable[[DataFacts], object],
+        faults: Faults,
+    ) -> None:
+        """Add the faults of all files to `faults`, at least some of each file.
+
+        `columns` has those that the caller renames by site, and under "" those of all sites.
+        `decide` raises `ConfigError` for records of one source without sites or answers. Where
+        there are faults, those of the records that can be read are added too.
+        """
+        parts: dict[str, DataFacts] = {}
+        if len(self.data) > 1:
+            parts = parts_of(self.data, columns, None, self.faults)
+        elif self.data and self.data[0].rows:
+            files = self.data[0]
+            whole = not self.faults[files.source].count
+            with self.faults[files.source].catch():
+                parts[ALL] = facts_about(files, columns.get("", {}))
+                if whole:
+                    decide(parts[ALL])
+
+        apart = fitted_parts(self.heldout, parts, self.faults)
+        if self.is_faulty:
+            for facts in (*parts.values(), *(each.facts for each in apart.values())):
+                facts.include_faults(self.faults[facts.source])
+
+        faults.include_evenly(list(self.faults.values()))
+
+
+def read_given(data: Sequence[str], heldout: Sequence[str], public: str | None) -> Given:
+    """Return the rows of all sources that --data, --heldout and --public name."""
+    faults = defaultdict[str, Faults](Faults)
+    read = [readable_records(source, "--data", faults[source]) for source in data]
+    apart = read_heldout(heldout, data, faults)
+    if public is not None:
+        readable_records(public, "--public", faults[public])
+    return Given(read, apart, faults)

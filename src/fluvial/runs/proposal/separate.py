@@ -1,0 +1,130 @@
+"""Several sources, each of them a site's."""
+
+import shlex
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+from fluvial.data.faults import Faults
+from fluvial.data.site_names import fault_of
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.columns import as_options
+from fluvial.runs.proposal.records import (
+    DataFacts,
+    RecordFiles,
+    SeparateFacts,
+    facts_about,
+)
+from fluvial.runs.proposal.sites import Sites, answer_pairs
+
+
+def separate(
+    sources: Sequence[RecordFiles],
+    columns: Mapping[str, Mapping[str, str]],
+    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None = None,
+) -> SeparateFacts:
+    """Return the facts about several sources, each of them a site's, which is named after it.
+
+    See `parts_of` for `columns` and `ask`. Raises `DataError` with the faults of all sources.
+    """
+    faults = Faults()
+    parts = parts_of(sources, columns, ask, defaultdict(lambda: faults))
+    faults.raise_any()
+
+    files = RecordFiles(
+        ", ".join(each.source for each in sources),
+        all(each.local for each in sources),
+        {},
+        tuple(table for each in sources for table in each.tables),
+    )
+    return SeparateFacts(files, next(iter(parts.values())).form, {}, False, parts)
+
+
+def parts_of(
+    sources: Sequence[RecordFiles],
+    columns: Mapping[str, Mapping[str, str]],
+    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
+    faults: Mapping[str, Faults],
+) -> dict[str, DataFacts]:
+    """Return the facts about each source that has rows, by its site.
+
+    `columns` has those that the caller renames by site, and under "" those of all sites. `ask`
+    takes a source and its columns, also where a text may have its answer beside it. Two sources of
+    one name, columns that fit no form, and plain text beside questions with answers go to `faults`
+    of the source, and what concerns several sources to those of "".
+    """
+    parts: dict[str, DataFacts] = {}
+    names: list[str] = []
+    for files in sources:
+        with faults[files.source].catch():
+            name = site_of(files.source)
+            if name in names:
+                raise ConfigError(
+                    f"--data {files.source!r}: another source makes the site {name!r} too; rename "
+                    "one"
+                )
+            names.append(name)
+            if files.rows:
+                own = {**columns.get("", {}), **columns.get(name, {})}
+                parts[name] = _part(name, files, own, ask)
+
+    for name in columns.keys() - {"", *names}:
+        faults[""].add(
+            f"--column {name}:...: no --data makes a site {name!r}; they make {', '.join(names)}"
+        )
+
+    forms = {part.form: name for name, part in parts.items()}
+    if len(forms) > 1 and "text" in forms:
+        other = next(name for form, name in forms.items() if form != "text")
+        faults[""].add(
+            f"--data: the records of {forms['text']!r} are plain text and those of {other!r} have "
+            f"answers, which are two tasks; name the columns with "
+            f"{as_options('COLUMN', 'COLUMN', forms['text'])}, or leave one out"
+        )
+    return parts
+
+
+def site_of(source: str) -> str:
+    """Return the name of a source's site: that of its file without suffix, or of its folder.
+
+    Raises `ConfigError` for one that can be no site's.
+    """
+    path = Path(source).expanduser()
+    name = path.resolve().name if path.is_dir() else path.stem
+    fault = fault_of(name)
+    if fault is not None:
+        raise ConfigError(
+            f"--data {source!r}: its site would be named after it, but {fault}; rename the file or "
+            "folder"
+        )
+    return name
+
+
+def _part(
+    name: str,
+    files: RecordFiles,
+    columns: Mapping[str, str],
+    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
+) -> DataFacts:
+    """Return the facts about the source of one of several sites."""
+    source = files.source
+    try:
+        part = facts_about(files, columns, None if ask is None else partial(ask, source))
+    except ConfigError as error:
+        options = as_options("COLUMN", "COLUMN", name)
+        fault = str(error).removeprefix("--data: ")
+        raise ConfigError(f"--data {source!r}: {fault}; for this site alone, {options}") from None
+
+    pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
+    if pairs and ask is not None:
+        return facts_about(files, ask(source, files.names))
+    if pairs:
+        text, answer = pairs[0]
+        names = " or ".join(repr(each) for _, each in pairs)
+        alone = shlex.quote(f"{name}:text={text}")
+        raise ConfigError(
+            f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
+            f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
+        )
+    return part

@@ -1,0 +1,119 @@
+"""Faults of the files that `fluvial init` is given: all are told at once."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluvial.data.faults import SHOWN, DataError, Faults
+from fluvial.data.readers import read_file
+from fluvial.data.reading import Reading
+from fluvial.data.rows import FaultyRowsError
+from fluvial.errors import ConfigError
+from tests.unit.runs.test_proposal import answers, run_init, written
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def lines_of(*options: str) -> list[str]:
+    """Return the lines of the error that `fluvial init` ends with."""
+    with pytest.raises(ConfigError) as caught:
+        run_init("--yes", "--model", "embedded", *options)
+    return str(caught.value).splitlines()
+
+
+def fits(lines: list[str], *beginnings: str) -> bool:
+    """Return whether each line begins so, in some order."""
+    return len(lines) == len(beginnings) and all(
+        any(line.startswith(beginning) for line in lines) for beginning in beginnings
+    )
+
+
+def test_faults_of_several_files_of_several_kinds() -> None:
+    """A broken line, a wrong type, wrong columns, another encoding, an answer that is missing."""
+    good = json.dumps({"prompt": "Who?", "completion": "It"})
+    Path("bern.jsonl").write_text(f'{good}\n{{"prompt": "Who?"\n{good}\n{{"prompt": "Who?"}}\n')
+    Path("lima.csv").write_text("prompt,completion\nWho?,It\nWho?\nWho?,\n")
+    Path("oslo.jsonl").write_text('{"x": "Who?", "y": "It"}\n' * 3)
+    Path("rome.json").write_bytes(b"\xff\xfe\x00")
+    Path("riga.jsonl").write_text(
+        f'{good}\n{{"prompt": 1, "completion": "It"}}\n' + '{"prompt": null, "completion": "It"}\n'
+    )
+    Path("asked.jsonl").write_text(f"{good}\n[1]\n")
+    Path("mine.jsonl").write_text('{"y": "It", "z": "What?"}\n')
+    names = ("bern.jsonl", "lima.csv", "oslo.jsonl", "rome.json", "riga.jsonl", "no.jsonl")
+    data = [word for name in names for word in ("--data", name)]
+    held = ("--heldout", "asked.jsonl", "--heldout", "riga=mine.jsonl", "--heldout", "rom=a.jsonl")
+    lines = lines_of(*data, *held)
+    assert lines[0] == "11 faults in the data:"
+    assert fits(
+        lines[1:],
+        "bern.jsonl, line 2 is not JSON",
+        "bern.jsonl, line 4: field 'completion' is missing",
+        "lima.csv, line 3: has 1 cells, the header has 2",
+        "lima.csv, line 4: the answer is empty",
+        "--data 'oslo.jsonl': which of the columns x, y is the text?",
+        "rome.json: begins with the mark of utf-16",
+        "riga.jsonl, line 3: field 'prompt' must be text, and is null",
+        "--data: there is no file or folder 'no.jsonl'",
+        "asked.jsonl, line 2 holds a list",
+        "--heldout 'mine.jsonl': its columns y, z fit no form",
+        "--heldout 'rom=a.jsonl': no --data makes a site 'rom'",
+    )
+
+
+def test_faults_of_one_source_beside_held_out_and_public_ones() -> None:
+    """Sites and answers are decided where all lines can be read."""
+    data = written([*answers(4), {"hospital": "north", "question": "Who?"}])
+    lines = lines_of("--data", data, "--heldout", "no.jsonl", "--public", "no.txt")
+    assert fits(
+        lines[1:],
+        "records.jsonl, line 13: field 'completion' (column 'answer') is missing",
+        "--heldout: there is no file or folder 'no.jsonl'",
+        "--public: there is no file or folder 'no.txt'",
+    )
+    lines = lines_of("--data", data, "--heldout", "no.jsonl", "--site-column", "town")
+    assert any(line.startswith("--site-column 'town': ") for line in lines)
+
+    Path(data).write_text(Path(data).read_text() + "\n[]\n")
+    lines = lines_of("--data", data, "--site-column", "town")
+    assert fits(
+        lines[1:],
+        "records.jsonl, line 13: field 'completion' (column 'answer') is missing",
+        "records.jsonl, line 14 holds a list",
+    )
+
+
+def test_where_there_are_too_many_some_of_each_file_are_listed() -> None:
+    good = json.dumps({"prompt": "Who?", "completion": "It"})
+    for name, wrong in (("bern", 50), ("oslo", 2), ("rome", 30)):
+        Path(f"{name}.jsonl").write_text(f"{good}\n" + "[]\n" * wrong)
+    lines = lines_of("--data", "bern.jsonl", "--data", "oslo.jsonl", "--data", "rome.jsonl")
+    assert lines[0] == "82 faults in the data:"
+    assert [line[:4] for line in lines[1:-1]] == ["bern"] * 9 + ["oslo"] * 2 + ["rome"] * 9
+    assert lines[-1] == "and 62 more"
+    assert len(lines) - 2 == SHOWN
+
+
+def test_a_single_fault_is_no_list() -> None:
+    faults = Faults()
+    faults.include(ConfigError("one"))
+    other = Faults()
+    other.include_evenly([faults, faults, Faults()])
+    assert (other.first, other.count) == (["one"], 1)
+
+
+def test_a_broken_row_of_a_csv_is_told_beside_the_rows_before_it() -> None:
+    Path("a.csv").write_text('a,b\n1,2\n1\n"x')
+    with pytest.raises(FaultyRowsError) as caught:
+        read_file(Path("a.csv"), Reading())
+    assert [fault.partition(":")[0] for fault in caught.value.faults] == [
+        "a.csv, line 3",
+        "a.csv",
+    ]
+    assert "row that begins in line 4 is broken" in caught.value.faults[1]
+    assert [row.fields for row in caught.value.table.rows] == [{"a": "1", "b": "2"}]
+    assert isinstance(caught.value, DataError)
