@@ -125,8 +125,12 @@ class SiteTexts:
         return self._bundled is None
 
     def sample(self) -> SiteData:
-        """Return the data of the first site, to show the model on."""
-        return self.load(self.names[0])
+        """Return the data of the first site that has a question, to show the model on; those of
+        the first site where none has one."""
+        if self.forms == {"text"}:
+            return self.load(self.names[0])
+        sites = map(self.load, self.names)
+        return next((data for data in sites if data.questions), self.load(self.names[0]))
 
     def pooled(self) -> SiteData:
         """Return the data of all sites together, for the centralised baseline."""

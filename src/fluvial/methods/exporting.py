@@ -58,7 +58,7 @@ class Export:
     model_sha256: str | None = None
     """SHA-256 over the weight files of the model; None where no model was written."""
     samples: list[dict[str, str]] = field(default_factory=list)
-    """Continuations of a prompt by the base and by the tuned model."""
+    """Continuations of a prompt by the base and by the tuned model, and the right answer."""
     public: dict[str, Any] | None = None
     """Measures on public text; None where there are none."""
     leakage: dict[str, Any] | None = None
@@ -131,7 +131,7 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
     """Return continuations of one prompt by the base and by the tuned model.
 
     Without a configured prompt a site's own text is one, unless sites may not be measured. Each
-    sample says where its prompt is from.
+    sample says where its prompt is from, and has the right answer where the prompt is a question.
     """
     settings = reporting.evaluate
     texts = reporting.texts.sample()
@@ -140,15 +140,18 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         return []
 
     asked: Prompt
+    right: dict[str, str] = {}
     origin: PromptFrom = "site" if reporting.texts.samples_site else "public"
     if settings.sample_prompt is not None:
         origin = "setting"
         prompt = asked = settings.sample_prompt
-    elif texts.questions and not texts.questions[0].prompt_ids:
-        prompt = asked = texts.questions[0].prompt
     elif texts.questions:
-        asked = texts.questions[0].prompt_ids
-        prompt = reporting.pool.tokenizer.decode(asked, skip_special_tokens=True)
+        question = texts.questions[0]
+        prompt = asked = question.prompt
+        right = {"right": question.answer}
+        if question.prompt_ids:
+            asked = question.prompt_ids
+            prompt = reporting.pool.tokenizer.decode(asked, skip_special_tokens=True)
     else:
         ids = texts.heldout[0].input_ids
         prompt = asked = reporting.pool.tokenizer.decode(
@@ -162,4 +165,4 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         )[0]
         for of, weights in models.items()
     )
-    return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after}]
+    return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after} | right]

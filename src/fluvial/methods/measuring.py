@@ -50,8 +50,8 @@ class EvaluateConfig(Settings):
     """Folder with tasks of your own for `tasks`, as YAML files of lm-eval."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end. Unset, it is the first held-out question
-    where there are some; "Once upon a time" where the server has no text of the sites, which are
-    deployed runs and `flglm`."""
+    where there are some, shown with the right answer; "Once upon a time" where the server has no
+    text of the sites, which are deployed runs and `flglm`."""
     sample_tokens: int = Field(40, ge=1, le=10**6)
     """Tokens of that continuation."""
 

@@ -189,6 +189,7 @@ def _content(run: JsonObject) -> JsonObject:
                 "prompt": safe_text(sample["prompt"]),
                 "base": shown_answer(sample["base"]),
                 "final": shown_answer(sample["final"]),
+                "right": shown_answer(sample["right"]) if "right" in sample else None,
                 "words": sample_words(sample),
             }
             for sample in (result or {}).get("samples", [])

@@ -275,8 +275,9 @@ def closing_words(result: JsonObject, path: Path, command: str = "fluvial") -> R
         shown = [
             ("Sample", safe_text(sample["prompt"]).rstrip(), "dim"),
             *(
-                (f"  {when}", shown_answer(sample[key]).strip(), "")
-                for when, key in (("before", "base"), ("after", "final"))
+                (f"  {what}", shown_answer(sample[key]).strip(), "")
+                for what, key in (("before", "base"), ("after", "final"), ("right", "right"))
+                if key in sample
             ),
         ]
         rows = Table.grid(padding=(0, 1))
@@ -298,9 +299,10 @@ def sample_words(sample: JsonObject) -> str:
     """Return a warning where the prompt of a sample is text of a site, "" elsewhere."""
     if sample.get("prompt_from") != "site":
         return ""
+    shown = "The prompt is" if "right" not in sample else "The prompt with the right answer is"
     return (
-        "The prompt is a held-out record of a site; set evaluate.sample_prompt to a text of your "
-        "own before you pass this page on."
+        f"{shown} a held-out record of a site; set evaluate.sample_prompt to a text of your own "
+        "before you pass this page on."
     )
 
 

@@ -677,6 +677,25 @@ def test_a_saved_set_has_the_digits_of_its_types(tmp_path: Path) -> None:
     assert [row.place.number for row in rows] == [1, 2]
 
 
+def test_the_sample_is_of_a_site_that_has_a_question(tmp_path: Path, tokenizer: Any) -> None:
+    """Conversations that end with a user ask for no answer."""
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It"}]
+    for name, kept in (("a", turns + turns[:1]), ("b", turns)):
+        lines = [json.dumps({"messages": kept})] * 4
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    settings: dict[str, Any] = {"partition": {"by": "file"}, "chat_template": "plain"}
+    settings["heldout_share"] = 0.5
+    both = texts(tmp_path, tokenizer, **settings)
+    assert [len(both.load(name).questions) for name in both.names] == [0, 2]
+    assert both.sample() is both.load("b")
+    assert both.sample().questions[0].answer == "It"
+
+    first = texts(
+        tmp_path / "a.jsonl", tokenizer, **settings | {"partition": {"by": "iid", "sites": 2}}
+    )
+    assert first.sample() is first.load(first.names[0])
+
+
 def test_a_saved_dict_is_read_by_split(tmp_path: Path, tokenizer: Any) -> None:
     import datasets
 

@@ -126,6 +126,22 @@ def test_a_prompt_that_is_a_record_of_a_site_is_said(origin: str, tmp_path: Path
     assert (words in shown) == (words in page_of(run).decode()) == (origin == "site")
 
 
+def test_the_right_answer_stands_beside_the_others(tmp_path: Path) -> None:
+    sample = {"prompt": "2 + 1 =", "prompt_from": "site", "base": "9", "final": "4"}
+    run = run_of(tmp_path / "run", samples=[sample])
+    assert "right" not in text_of(result_tables.closing_words(run["result"], tmp_path)).lower()
+    assert "Right answer" not in page_of(run).decode()
+
+    sample["right"] = " 3"
+    shown = text_of(result_tables.closing_words(run["result"], tmp_path))
+    assert re.search(r"Sample +2 \+ 1 = *\n +before +9 *\n +after +4 *\n +right +3 *\n", shown)
+    page = page_of(run).decode()
+    assert "<h3>Right answer</h3><pre> 3</pre>" in page
+    words = "The prompt with the right answer is a held-out record of a site"
+    assert words in " ".join(shown.split())
+    assert words in page
+
+
 def test_an_empty_answer_is_said(tmp_path: Path) -> None:
     sample = {"prompt": "Why?", "prompt_from": "setting", "base": "Because", "final": "\n "}
     run = run_of(tmp_path / "run", samples=[sample])

@@ -594,6 +594,7 @@ def test_exact_match_of_answers_is_reported(run_config: dict[str, Any], tmp_path
         assert 0 <= row["base"]["exact_match"] <= row["final"]["exact_match"] <= 1
     assert result["samples"][0]["prompt"].endswith("+ 1 =")
     assert result["samples"][0]["prompt_from"] == "site"
+    assert result["samples"][0]["right"] == f" {int(result['samples'][0]['prompt'][0]) + 1}"
 
 
 # -- other architectures -------------------------------------------------------------------------
