@@ -67,6 +67,10 @@ def chat(
             "run were, or by the template if there is one."
         ),
     ] = "auto",
+    site: Annotated[
+        str | None,
+        typer.Option(help="The site whose chat template is used, where those of sites differ."),
+    ] = None,
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
@@ -85,7 +89,7 @@ def chat(
         from fluvial.models.streaming import Sampling
         from fluvial.runs.chat import Chat
 
-        chat = Chat(run, only=only, template=template, overrides=overrides)
+        chat = Chat(run, only=only, template=template, site=site, overrides=overrides)
 
     sampling = Sampling(max_new_tokens or chat.max_new_tokens, temperature, seed)
     with chat:

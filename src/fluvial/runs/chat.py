@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fluvial.data import with_template
 from fluvial.data.chat import chat_prompt
+from fluvial.data.faults import listed
 from fluvial.data.record_kinds import CHAT
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
@@ -84,13 +85,17 @@ class Chat:
         *,
         only: Literal["base", "tuned"] | None = None,
         template: Template = "auto",
+        site: str | None = None,
         overrides: list[str] | None = None,
     ) -> None:
         """Load the weights that `name` stands for: a run, a folder of an adapter or a model, a hub
         id, or "embedded".
 
-        `overrides` are settings of [model]. Raises `ConfigError` for what is none of these.
+        `site` is the one whose chat template is used, where those of sites differ. `overrides` are
+        settings of [model]. Raises `ConfigError` for what is none of these.
         """
+        if site is not None and template == "none":
+            raise ConfigError(f"--site {site}: without effect beside --template none; remove one")
         self._models = ExitStack()
         name = weights_in(name)
         kind = kind_of(name)
@@ -109,14 +114,16 @@ class Chat:
             pool, tuned = open_weights(folder, settings.model)
             states = {"base": pool.base_state(), "tuned": tuned}
 
-        written = run.get("data", {}).get("chat_template")
+        written, whose = _template(name, run, site, own=pool.tokenizer.chat_template is not None)
         mostly = run.get(exported.MOSTLY)
         tokenizer = with_template(pool.tokenizer, written) if written else pool.tokenizer
         pool.check_behaviour()
         self.max_new_tokens = settings.evaluate.max_new_tokens or Sampling.max_new_tokens
         """Tokens of an answer at most, as the run that made the weights has it."""
+        if site is not None:
+            mostly = None  # what is asked for goes before what most records were
         self.chats = _chats(tokenizer, template, name, mostly)
-        self.way = "with its chat template" if self.chats else "the bare text is continued"
+        self.way = f"with {whose}" if self.chats else "the bare text is continued"
         """How a prompt is put, and why, in words."""
         if template == "auto" and mostly is not None:
             self.way += f", as most records of the run were: {mostly}"
@@ -144,6 +151,38 @@ class Chat:
 def _for_chat(table: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Return the tables of an evaluation with the answers as long as those of the run, if known."""
     return {**table, "evaluate": run.get("evaluate", {})}
+
+
+def _template(
+    name: str, run: dict[str, Any], site: str | None, *, own: bool
+) -> tuple[str | None, str]:
+    """Return the chat template of a run, None for the tokenizer's, and whose it is in words.
+
+    Where the templates of sites differ, it is that of `site`; unset, that of the first site with
+    the template that the run's result has, or with any. `own` says that the tokenizer has one.
+    """
+    folder = Path(name).expanduser()
+    config = exported.config_around(folder) if folder.is_dir() else None
+    by_site = exported.templates_by_site((config or {}).get("data", {}))
+    written = run.get("data", {}).get("chat_template")
+    if len(set(by_site.values())) < 2:
+        if site is not None:
+            why = "all sites of the run have one chat template"
+            if config is None:
+                why = f"no run lies around {name}, and a written folder names no sites"
+            raise ConfigError(f"--site {site}: without effect, because {why}; remove it")
+        return written, "its chat template"
+
+    sites = [each for each, template in by_site.items() if template or own]
+    if site is None:
+        site = next(each for each in by_site if by_site[each] and written in (None, by_site[each]))
+    if site not in sites:
+        raise ConfigError(
+            f"--site {site}: no site of the run with a chat template; name one of {listed(sites)}"
+        )
+    others = [each for each in sites if by_site[each] != by_site[site]]
+    more = f" (--site NAME for that of {listed(others)})" if others else ""
+    return by_site[site], f"the chat template of site {site!r}{more}"
 
 
 def _chats(

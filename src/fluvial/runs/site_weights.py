@@ -71,8 +71,9 @@ def site_weights(
     pool = ModelPool(model, settings.tuning(config["tune"], lora))
     with TemporaryDirectory() as draft:
         made = Path(draft) / ("model" if pool.full else "adapter")
-        save_weights(pool, state, made, template=exported.chat_template(config["data"]))
+        described = exported.of_site(with_description(run), site)
+        save_weights(pool, state, made, template=exported.chat_template(described["data"]))
         base = weights_digest(weights_folder(model))
         readings = toml.read(DataConfig, config["data"], str(folder)).readings()
-        exported.write(made, __version__, with_description(run), base, readings)
+        exported.write(made, __version__, described, base, readings)
         yield made

@@ -63,6 +63,24 @@ def chat_template(data: Mapping[str, Any]) -> str | None:
     return data.get("chat_template") or shared
 
 
+def templates_by_site(data: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the chat template of each site that has a table in [data] of a run, its own or that of
+    [data]; None for the tokenizer's."""
+    return {
+        name: table.get("chat_template") or data.get("chat_template")
+        for name, table in sorted((data.get("by_site") or {}).items())
+    }
+
+
+def of_site(resolved: Mapping[str, Any], site: str) -> dict[str, Any]:
+    """Return a run's resolved configuration with the chat template of one site for all."""
+    data = resolved.get("data", {})
+    own = templates_by_site(data)
+    if site not in own:
+        return dict(resolved)
+    return {**resolved, "data": {**data, "by_site": {}, "chat_template": own[site]}}
+
+
 def write(
     folder: Path,
     version: str,

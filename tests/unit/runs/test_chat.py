@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.cli.chat import _answer, _beside
+from fluvial.data.templates import template_of
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
 from fluvial.models.pool import ModelPool
@@ -31,8 +32,9 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.streaming import Sampling, _SeededDraws, stream
 from fluvial.models.targets import LoraSettings
-from fluvial.runs.chat import Chat
+from fluvial.runs.chat import Chat, _template
 from fluvial.seeds import generator
+from fluvial.storage import exported
 
 RUNNER = CliRunner()
 TEXT = "The river carries"
@@ -202,6 +204,55 @@ def test_prompts_have_the_form_of_most_records_of_the_run(
     with Chat(str(tmp_path / "run"), template=template) as chat:
         assert chat.chats == chats
         assert (f"as most records of the run were: {mostly}" in chat.way) == (template == "auto")
+
+
+def test_the_template_of_a_site_is_chosen_where_they_differ(run: Path, tmp_path: Path) -> None:
+    """The template of the tokenizer is that of a site without one of its own."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+
+    def template(sites: dict[str, str | None], site: str | None = None, own: bool = True) -> Any:
+        tables = {name: {"chat_template": text} for name, text in sites.items()}
+        config = {"fluvial": "test", "data": {"by_site": tables}}
+        (folder / "config.json").write_text(json.dumps(config))
+        return _template(str(folder / "adapter"), exported.read(folder / "adapter"), site, own=own)
+
+    def words(site: str, others: str) -> str:
+        return f"the chat template of site '{site}' (--site NAME for that of {others})"
+
+    three: dict[str, str | None] = {"bern": "plain", "oslo": "zephyr", "rome": None}
+    assert template(three) == ("plain", words("bern", "'oslo', 'rome'"))
+    assert template(three, "rome") == (None, words("rome", "'bern', 'oslo'"))
+    assert template({"bern": None, "oslo": "gemma"}) == ("gemma", words("oslo", "'bern'"))
+    only = ("gemma", "the chat template of site 'oslo'")
+    assert template({"bern": None, "oslo": "gemma"}, own=False) == only
+    assert template({"bern": "gemma", "oslo": "gemma"}) == ("gemma", "its chat template")
+    with pytest.raises(ConfigError, match="without effect, because all sites of the run have one"):
+        template({"bern": "gemma", "oslo": "gemma"}, "bern")
+    for unknown, own in (("lima", True), ("rome", False)):
+        with pytest.raises(ConfigError, match=f"--site {unknown}: no site .*'bern', 'oslo'"):
+            template(three, unknown, own)
+    with pytest.raises(ConfigError, match="--site oslo: without effect beside --template none"):
+        Chat(str(folder), site="oslo", template="none")
+
+    template(three)
+    options = ["--site", "oslo", "--only", "tuned", "--max-new-tokens", "1"]
+    said = RUNNER.invoke(app, ["chat", str(folder), *options, "--prompt", TEXT])
+    assert said.stderr.splitlines()[1] == "with " + words("oslo", "'bern', 'rome'")
+    with Chat(str(folder), site="oslo", only="tuned") as chat:
+        assert chat.speakers[0]._tokenizer.chat_template == template_of("zephyr")
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match="without effect, because no run lies around"):
+        Chat(str(folder / "adapter"), site="oslo")
+
+
+def test_the_weights_of_a_site_are_written_with_its_template() -> None:
+    tables = {"bern": {"chat_template": "plain"}, "oslo": {"chat_template": None}}
+    config: dict[str, Any] = {"rounds": 1, "data": {"by_site": tables}}
+    assert exported.chat_template(exported.of_site(config, "bern")["data"]) == "plain"
+    assert exported.chat_template(exported.of_site(config, "oslo")["data"]) is None
+    assert exported.of_site(config, "lima") == config
+    assert exported.of_site(config, "oslo")["rounds"] == 1
 
 
 def test_an_empty_answer_is_said(capsys: pytest.CaptureFixture[str]) -> None:
