@@ -129,7 +129,7 @@ def test_a_prompt_that_is_a_record_of_a_site_is_said(origin: str, tmp_path: Path
 def test_the_right_answer_stands_beside_the_others(tmp_path: Path) -> None:
     sample = {"prompt": "2 + 1 =", "prompt_from": "site", "base": "9", "final": "4"}
     run = run_of(tmp_path / "run", samples=[sample])
-    assert "right" not in text_of(result_tables.closing_words(run["result"], tmp_path)).lower()
+    assert "\n  right" not in text_of(result_tables.closing_words(run["result"], tmp_path))
     assert "Right answer" not in page_of(run).decode()
 
     sample["right"] = " 3"
