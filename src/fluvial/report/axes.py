@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from fluvial.formatting import figure, human_bytes, human_seconds, percent
 from fluvial.report.charts import Points, Series, line_chart
+from fluvial.report.scales import LEAST_LOSS, LEAST_SCORE
 
 
 def short_bytes(value: float) -> str:
@@ -42,6 +43,8 @@ def chart_of(series: Sequence[Series], axis: str, measure: str) -> Markup:
         heights="{:.4g}".format if measure == "loss" else _short_percent,
         log=axis in ("up", "both"),
         whole=axis == "round",
+        least=LEAST_LOSS if measure == "loss" else LEAST_SCORE,
+        most=math.inf if measure == "loss" else 1.0,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from fluvial.report.labels import COLUMN, ROW, distinct, length, wrapped
+from fluvial.report.scales import decades, spanned, ticks
 
 WIDTH = 340.0
 """Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
@@ -159,11 +160,14 @@ def line_chart(
     heights: Callable[[float], str] = "{:g}".format,
     log: bool = False,
     whole: bool = False,
+    least: float = 0.0,
+    most: float = math.inf,
 ) -> Markup:
     """Return lines and points over a common axis, which is logarithmic where `log` says so, and has
     ticks at whole numbers only where `whole` does.
 
-    `across` and `up` name the axes, `words` and `heights` write their ticks.
+    `across` and `up` name the axes, `words` and `heights` write their ticks. `least` and `most` are
+    the least span of the values' axis and the largest possible value, see `spanned`.
     """
     shown = [
         Series(
@@ -190,8 +194,8 @@ def line_chart(
     if not places:
         return Markup("")
 
-    low, high = min(y for _, y in places), max(y for _, y in places)
-    margin = (high - low) * 0.06 or abs(high) * 0.01 or 1.0
+    low, high = spanned([y for _, y in places], least, most)
+    margin = (high - low) * 0.06
     low, high = low - margin, high + margin
     rows = ticks(low, high)
     left = 14 + CHARACTER * max(len(heights(row)) for row in rows)
@@ -361,27 +365,6 @@ def legend(
         items.append(f'<span><svg viewBox="0 0 24 14">{swatch}</svg>{escape(name)}</span>')
 
     return Markup(f'<p class="legend">{"".join(items)}</p>')
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about `count` round values from `low` to `high`."""
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * each for each in (1, 2, 2.5, 5, 10) if power * each >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def decades(low: float, high: float) -> list[float]:
-    """Return powers of ten from `low` to `high`, with values between them where few fit."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for factors in ((1.0,), (1.0, 2.0, 5.0), (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0)):
-        found = [factor * 10.0**power for power in powers for factor in factors]
-        found = [each for each in found if low <= each <= high]
-        if len(found) > 2:
-            break
-    return found
 
 
 def _drawable(point: tuple[float, float], log: bool) -> bool:

@@ -10,11 +10,10 @@ from fluvial.report.charts import (
     WIDTH,
     Bars,
     Drawing,
-    decades,
     mark,
-    ticks,
 )
 from fluvial.report.labels import length, wrapped
+from fluvial.report.scales import decades, spanned, ticks
 
 LANE = 9.0
 """Height of the lane of a series."""
@@ -22,8 +21,11 @@ WIDE = 4.0
 """Ratio of the largest to the smallest value from which the axis is logarithmic."""
 
 
-def dot_chart(labels: Sequence[str], series: Sequence[Bars], *, across: str) -> Markup:
-    """Return a point for each label and series; `across` names the axis of the values.
+def dot_chart(
+    labels: Sequence[str], series: Sequence[Bars], *, across: str, least: float = 0.0
+) -> Markup:
+    """Return a point for each label and series; `across` names the axis of the values, whose least
+    span is `least`.
 
     Unlike a bar, a point needs no zero, so that small values are told apart beside large ones: the
     axis is logarithmic where values are positive and differ `WIDE` times or more.
@@ -34,8 +36,11 @@ def dot_chart(labels: Sequence[str], series: Sequence[Bars], *, across: str) -> 
 
     low, high = min(known), max(known)
     log = low > 0 and high >= WIDE * low
-    margin = 1.08 if log else (high - low) * 0.05 or abs(high) * 0.01 or 1.0
-    first, last = (low / margin, high * margin) if log else (low - margin, high + margin)
+    first, last = low / 1.08, high * 1.08
+    if not log:
+        low, high = spanned(known, least)
+        margin = (high - low) * 0.05
+        first, last = low - margin, high + margin
     names = wrapped(labels)
     left = 16 + max(length(line) for lines in names for line in lines)
     inner = WIDTH - left - 14

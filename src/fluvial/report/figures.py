@@ -12,6 +12,7 @@ from fluvial.report.block_tables import block_words
 from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
 from fluvial.report.cross_site import Matrix
 from fluvial.report.dots import dot_chart
+from fluvial.report.scales import LEAST_LOSS, LEAST_SCORE, spanned
 from fluvial.runs.verdict import losses
 from fluvial.storage.run_files import JsonObject
 
@@ -138,7 +139,7 @@ def losses_by_site(own: Run, others: Sequence[Run]) -> Markup:
         return Markup("")
 
     labels = [ALL_SITES if site == POOLED else safe_text(site) for site in sites]
-    chart = dot_chart(labels, dots, across="held-out loss, nats per token")
+    chart = dot_chart(labels, dots, across="held-out loss, nats per token", least=LEAST_LOSS)
     return legend([(each.name, each.colour) for each in dots], kind="points") + chart
 
 
@@ -315,16 +316,16 @@ def tokens_read(leakage: JsonObject) -> Markup:
 def heat_map(matrix: Matrix) -> Markup:
     """Draw the cross-site matrix, stronger for a better value."""
     known = [value for row in matrix.values for value in row if value is not None]
-    low, high = min(known), max(known)
-    better = 1.0 if matrix.name != "loss" else -1.0
+    is_loss = matrix.name == "loss"
+    low, high = spanned(known, LEAST_LOSS if is_loss else LEAST_SCORE, math.inf if is_loss else 1.0)
     rows = {}
     for label, values in zip(matrix.rows, matrix.values, strict=True):
         cells = []
         for site, value in zip(matrix.columns, values, strict=True):
             share = None
             if value is not None:
-                share = (value - low) / (high - low) if high > low else 0.5
-                share = 0.08 + 0.84 * (share if better > 0 else 1 - share)
+                share = (value - low) / (high - low)
+                share = 0.08 + 0.84 * (1 - share if is_loss else share)
             shown = "" if value is None else matrix.short(value)
             tip = f"model of {label}\ndata of {site}: {matrix.text(value)}"
             cells.append(Cell(share, shown, tip))
@@ -350,6 +351,7 @@ def budget_trials(choice: JsonObject) -> Markup:
         up="held-out loss, nats per token",
         words=words,
         log=True,
+        least=LEAST_LOSS,
     )
     chosen = [(each.name, each.colour) for each in series if each.colour == "own"]
     return legend(chosen) + chart if chart else chart

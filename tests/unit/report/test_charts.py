@@ -2,6 +2,7 @@
 
 import re
 from importlib.resources import files
+from math import inf
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from fluvial.data import POOLED
 from fluvial.report import figures
 from fluvial.report.axes import short_bytes
-from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, decades, grid_chart
+from fluvial.report.charts import CHARACTER, WIDTH, Bars, Cell, bar_chart, grid_chart
+from fluvial.report.cross_site import Matrix
 from fluvial.report.dots import dot_chart
-from fluvial.report.figures import Run, by_axis, losses_by_site
+from fluvial.report.figures import Run, by_axis, heat_map, losses_by_site
 from fluvial.report.labels import FONT, LINE, distinct, wrapped
+from fluvial.report.scales import decades, spanned
 
 ADVANCES = {"a": 0.613, "g": 0.635, "m": 0.974, "W": 0.989, "i": 0.278, "1": 0.636, "_": 0.5}
 """Widths of DejaVu Sans, in sizes of the font."""
@@ -93,6 +96,54 @@ def test_points_tell_small_values_apart_beside_large_ones() -> None:
     assert ", logarithmic</text>" in chart
     level = dot_chart(["north"], [Bars("a", "own", [2.0], ["2"])], across="loss")
     assert "logarithmic" not in level
+
+
+@pytest.mark.parametrize(
+    ("values", "least", "most", "ends"),
+    [
+        ([3.00, 3.01], 0.05, inf, (2.97490, 3.03510)),  # 2 % of 3.01
+        ([0.50, 0.51], 0.05, inf, (0.48, 0.53)),
+        ([0.01, 0.02], 0.05, inf, (0.0, 0.05)),
+        ([0.99, 1.00], 0.05, 1.0, (0.95, 1.0)),
+        ([1.0, 3.0], 0.05, inf, (1.0, 3.0)),
+        ([-1.0, -1.0], 0.0, inf, (-1.01, -0.99)),
+        ([0.0], 0.0, inf, (0.0, 1.0)),
+    ],
+)
+def test_an_axis_has_a_least_span(
+    values: list[float], least: float, most: float, ends: tuple[float, float]
+) -> None:
+    assert spanned(values, least, most) == pytest.approx(ends)
+
+
+def heights(chart: str) -> list[float]:
+    """Return the heights of the marks of a chart, whose values have 192 units of height."""
+    marks = re.findall(r'<path d="[^"]*" transform="translate\([\d.]+ ([\d.]+)', chart)
+    return [float(height) for height in marks]
+
+
+@pytest.mark.parametrize(
+    ("measure", "values", "most"),
+    [("loss", (3.01, 3.0), 40), ("loss", (3.5, 3.0), 192), ("exact_match", (0.5, 0.51), 40)],
+)
+def test_a_small_gap_looks_small(measure: str, values: tuple[float, float], most: float) -> None:
+    """A hundredth of a nat, or of a share, is no gulf in lines, points and cells; half a nat is."""
+    metrics = [
+        {"round": number, "loss": None, f"heldout_{measure}": value}
+        for number, value in enumerate(values, start=1)
+    ]
+    first, second = heights(by_axis([Run("run", "own", metrics, None, True)], "round", measure))
+    assert most * 0.7 < abs(first - second) < most
+
+    if measure == "loss":
+        row = {"a": dict(zip(("base", "final"), ({"loss": v} for v in values), strict=True))}
+        chart = losses_by_site(Run("run", "own", [], {"heldout_by_site": row}, True), [])
+        x = [float(at) for at in re.findall(r'transform="translate\(([\d.]+)', chart)]
+        assert abs(x[0] - x[1]) / WIDTH < most / 192 * 0.9
+
+    matrix = Matrix(measure, ["one"], ["a", "b"], [list(values)], "")
+    shades = [float(shade) for shade in re.findall(r"fill-opacity:([\d.]+)", heat_map(matrix))]
+    assert abs(shades[0] - shades[1]) <= most / 192
 
 
 @pytest.mark.parametrize(("low", "high"), [(1.1, 5.0), (2.1, 9.0), (3.0, 70.0), (0.6, 31.0)])
