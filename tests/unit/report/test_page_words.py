@@ -132,7 +132,7 @@ def test_the_right_answer_stands_beside_the_others(tmp_path: Path) -> None:
     assert "\n  right" not in text_of(result_tables.closing_words(run["result"], tmp_path))
     assert "Right answer" not in page_of(run).decode()
 
-    sample["right"] = " 3"
+    run = run_of(tmp_path / "known", samples=[sample | {"right": " 3"}])
     shown = text_of(result_tables.closing_words(run["result"], tmp_path))
     assert re.search(r"Sample +2 \+ 1 = *\n +before +9 *\n +after +4 *\n +right +3 *\n", shown)
     page = page_of(run).decode()
