@@ -1,4 +1,8 @@
-"""Tables of the scores of generated answers: over all records, and by site."""
+"""Tables of the scores of generated answers: over all records, and by site.
+
+What repeats is named below a table, not listed: scores that equal another in all cells, and one
+site that has all records.
+"""
 
 from rich.table import Table
 
@@ -19,6 +23,8 @@ LABELS = {
 
 SHORT = {key: label.partition(",")[0] for key, label in LABELS.items()}
 """Labels of the scores without what tells them apart."""
+Scores = dict[str, list[list[str]]]
+"""Cells of each score, in a list for each site or for all records."""
 METHODS = {
     "bootstrap": "bootstrap over questions (BCa)",
     "clopper-pearson": "exact (Clopper-Pearson), because all answers are alike",
@@ -48,21 +54,57 @@ def answer_tables(answers: JsonObject | None, headings: dict[str, str]) -> list[
         count = answers["too_long"]
         notes += [f"{count} prompts leave less room in the context: shorter or empty answers"]
 
-    title = f"Generated answers to {answers['questions']} records"
-    rows = [[LABELS[key], *_cells(answers, key, models)] for key in answers[models[0]]]
-    tables = [table(["", *columns], rows, title, caption="; ".join(notes))]
-    sites = []
-    for site, part in answers.get("by_site", {}).items():
-        for key in part[models[0]]:
-            if key != "exact_match_squad":
-                name = SHORT[key]
-                cells = _cells(part, key, models)
-                sites.append([safe_text(site), str(part["questions"]), name, *cells])
-
-    if sites:
-        names = ["site", "records", "score", *columns]
-        tables.append(table(names, sites, "Generated answers by site"))
+    by_site = answers.get("by_site", {})
+    only = f" of site {next(iter(by_site))}" if len(by_site) == 1 else ""
+    title = safe_text(f"Generated answers to {answers['questions']} records{only}")
+    scores = {key: [_cells(answers, key, models)] for key in answers[models[0]]}
+    rows = [[LABELS[key], *scores[key][0]] for key in _different(scores)]
+    tables = [table(["", *columns], rows, title, caption="; ".join(notes + _equal(scores)))]
+    if len(by_site) > 1:
+        tables.append(_site_table(by_site, models, columns))
     return tables
+
+
+def _site_table(by_site: JsonObject, models: list[str], columns: list[str]) -> Table:
+    """Return a row for each site and score, but for scores that equal another at all sites."""
+    parts = list(by_site.values())
+    keys = dict.fromkeys(key for part in parts for key in part[models[0]])
+    keys.pop("exact_match_squad", None)
+    scores = {
+        key: [_cells(part, key, models) if key in part[models[0]] else [] for part in parts]
+        for key in keys
+    }
+    rows = [
+        [safe_text(site), str(part["questions"]), SHORT[key], *scores[key][place]]
+        for place, (site, part) in enumerate(by_site.items())
+        for key in _different(scores)
+        if scores[key][place]
+    ]
+    names = ["site", "records", "score", *columns]
+    return table(names, rows, "Generated answers by site", caption="; ".join(_equal(scores)))
+
+
+def _different(scores: Scores) -> list[str]:
+    """Return the scores but for those whose cells are all those of an earlier one."""
+    return [key for key in scores if scores[key] not in _before(scores, key)]
+
+
+def _equal(scores: Scores) -> list[str]:
+    """Return which scores equal which other one in all cells, in words."""
+    twins = {
+        first: [key for key in scores if key != first and scores[key] == scores[first]]
+        for first in _different(scores)
+    }
+    return [
+        f"equal to {_row(first)}: {', '.join(map(_row, keys))}"
+        for first, keys in twins.items()
+        if keys
+    ]
+
+
+def _before(scores: Scores, key: str) -> list[list[list[str]]]:
+    keys = list(scores)
+    return [scores[each] for each in keys[: keys.index(key)]]
 
 
 def interval_words(choices: JsonObject, headings: dict[str, str]) -> list[str]:

@@ -112,16 +112,14 @@ def _choice_tables(choices: JsonObject, headings: dict[str, str]) -> list[Table]
         for subject, row in choices["by_subject"].items()
     ]
 
-    return [
-        _measures(choices["source"], ["", *(headings[model] for model in models)], rows, notes),
+    columns = [headings[model] for model in models]
+    tables = [
+        _measures(choices["source"], ["", *columns], rows, notes),
         *_group_tables(choices.get("groups"), models, headings),
-        _measures(
-            "By subject",
-            ["subject", "questions", *(headings[model] for model in models)],
-            subjects,
-            [],
-        ),
     ]
+    if len(subjects) > 1:  # one subject has the accuracy of all questions
+        tables.append(_measures("By subject", ["subject", "questions", *columns], subjects, []))
+    return tables
 
 
 def _superglue_table(superglue: JsonObject, headings: dict[str, str]) -> Table:
