@@ -4,8 +4,9 @@ The names of `__all__` are the public interface; docs/python.md explains them. E
 it is first used, so that `import fluvial` loads no torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fluvial.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from fluvial.api import Result, check, load_config, load_result, plan, run
@@ -48,38 +49,29 @@ __all__ = [
     "plan",
     "run",
 ]
-_MODULES = {
-    "fluvial.api": ("Result", "check", "load_config", "load_result", "plan", "run"),
-    "fluvial.codecs.base": ("Codec", "CodecSettings"),
-    "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
-    "fluvial.exchange": ("Exchange",),
-    "fluvial.federation.fleet": ("Fleet",),
-    "fluvial.federation.sites": ("Site",),
-    "fluvial.methods.interface": (
-        "Context",
-        "Method",
-        "MethodSettings",
-        "Plan",
-        "Server",
-        "Traits",
-    ),
-    "fluvial.runs.config": ("RunConfig",),
-    "fluvial.wire.frame": ("Reader",),
-    "fluvial.wire.payload": ("Payload",),
-    "fluvial.wire.tensors": ("Layout", "WeightedMean"),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fluvial' has no attribute {name!r}")
-
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-
-    return value
+__getattr__ = imported_when_used(
+    __name__,
+    {
+        "fluvial.api": ("Result", "check", "load_config", "load_result", "plan", "run"),
+        "fluvial.codecs.base": ("Codec", "CodecSettings"),
+        "fluvial.errors": ("ConfigError", "FluvialError", "WireError"),
+        "fluvial.exchange": ("Exchange",),
+        "fluvial.federation.fleet": ("Fleet",),
+        "fluvial.federation.sites": ("Site",),
+        "fluvial.methods.interface": (
+            "Context",
+            "Method",
+            "MethodSettings",
+            "Plan",
+            "Server",
+            "Traits",
+        ),
+        "fluvial.runs.config": ("RunConfig",),
+        "fluvial.wire.frame": ("Reader",),
+        "fluvial.wire.payload": ("Payload",),
+        "fluvial.wire.tensors": ("Layout", "WeightedMean"),
+    },
+)
 
 
 def __dir__() -> list[str]:

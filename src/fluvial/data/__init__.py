@@ -3,8 +3,9 @@
 Each name is imported when it is first used, so that settings of data are read without torch.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from fluvial.lazy import imported_when_used
 
 if TYPE_CHECKING:
     from fluvial.data.config import DataConfig, SourceSettings
@@ -37,49 +38,17 @@ __all__ = [
     "tokenize",
     "with_template",
 ]
-_MODULES = {
-    "fluvial.data.config": (
-        "DataConfig",
-        "SourceSettings",
-    ),
-    "fluvial.data.examples": (
-        "IGNORE_INDEX",
-        "Example",
-        "Question",
-    ),
-    "fluvial.data.faults": ("DataError",),
-    "fluvial.data.overlap": (
-        "Overlap",
-        "independent",
-    ),
-    "fluvial.data.records": ("Numbers",),
-    "fluvial.data.templates": (
-        "inlined_templates",
-        "with_template",
-    ),
-    "fluvial.data.texts": (
-        "POOLED",
-        "SiteData",
-        "SiteTexts",
-    ),
-    "fluvial.data.tokenise": (
-        "Tokenized",
-        "tokenize",
-    ),
-    "fluvial.data.whole": (
-        "Whole",
-        "read_whole",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a name of the package when it is first used."""
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'fluvial.data' has no attribute {name!r}")
-
-    value = getattr(import_module(_MODULE_OF[name]), name)
-    globals()[name] = value
-
-    return value
+__getattr__ = imported_when_used(
+    __name__,
+    {
+        "fluvial.data.config": ("DataConfig", "SourceSettings"),
+        "fluvial.data.examples": ("IGNORE_INDEX", "Example", "Question"),
+        "fluvial.data.faults": ("DataError",),
+        "fluvial.data.overlap": ("Overlap", "independent"),
+        "fluvial.data.records": ("Numbers",),
+        "fluvial.data.templates": ("inlined_templates", "with_template"),
+        "fluvial.data.texts": ("POOLED", "SiteData", "SiteTexts"),
+        "fluvial.data.tokenise": ("Tokenized", "tokenize"),
+        "fluvial.data.whole": ("Whole", "read_whole"),
+    },
+)
