@@ -255,10 +255,9 @@ def main() -> None:
         if options.part == "free":
             free(pool, cells, contenders, bed, options, deadline, report)
         else:
-            waiting = jobs(cells, contenders, bed, options, deadline)
-            if options.rate_of_uncompressed:
-                waiting = at_rate_of_uncompressed(pool, waiting, report)
-            report.rows = table(run_all(pool, waiting, report), bed)
+            run = at_rate_of_uncompressed if options.rate_of_uncompressed else run_all
+            found = run(pool, jobs(cells, contenders, bed, options, deadline), report)
+            report.rows = table(found, bed)
             report.claims = claims(report.rows)
 
     for cell in cells:

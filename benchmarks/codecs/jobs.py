@@ -68,13 +68,18 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
     return results
 
 
-def at_rate_of_uncompressed(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Job]:
-    """Run the uncompressed contender of each cell; return all jobs with no other learning rate than
-    its best."""
-    references = [job for job in waiting if job.contender.role == "reference"]
-    best = {each.cell: each.learning_rate for each in run_all(pool, references, report)}
-    return [
+def at_rate_of_uncompressed(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
+    """Run the uncompressed contender of each cell, then all others at its best learning rate."""
+    references = run_all(pool, [job for job in waiting if _is_reference(job)], report)
+    best = {each.cell: each.learning_rate for each in references}
+    others = [
         replace(job, bed=only(job.cell, job.bed, rate))
         for job in waiting
-        if (rate := best[job.cell]) is not None
+        if not _is_reference(job) and (rate := best[job.cell]) is not None
     ]
+
+    return references + run_all(pool, others, report)
+
+
+def _is_reference(job: Job) -> bool:
+    return job.contender.role == "reference"
