@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fluvial.federation import in_process
+from tests.slow import is_slow
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -40,12 +41,16 @@ _TEXTS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of tests/oracle and tests/contract by their folder."""
+    """Mark the tests of tests/oracle and tests/contract by their folder, and the slow ones."""
     here = Path(__file__).parent
     for item in items:
-        kind = item.path.relative_to(here).parts[0]
-        if kind in MARKED:
-            item.add_marker(kind)
+        file = item.path.relative_to(here)
+        if file.parts[0] in MARKED:
+            item.add_marker(file.parts[0])
+
+        test, _, case = item.name.partition("[")
+        if is_slow(file.as_posix(), test, case.removesuffix("]")):
+            item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

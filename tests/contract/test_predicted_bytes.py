@@ -1,5 +1,6 @@
 """`fluvial check` predicts the bytes of every method: a run sends them, with all that is around."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,9 @@ def test_a_run_sends_what_was_predicted(
                 task = next(key for key in config.entry.tasks if key in ("train", "visit"))
                 check_message(predicted, sent[f"{way} {task}"])
 
+    if config.method.name == "flglm":
+        check_conversations(config, rounds)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_predictions_are_as_narrow_as_they_can_be(name: str, run_config: dict[str, Any]) -> None:
@@ -227,20 +231,15 @@ def test_check_shows_predictions_or_why_there_are_none(
     assert rows[held] == "not predicted: method 'fedcybgd' sends them in its own way"
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("flglm")])
-def test_a_conversation_is_predicted_site_by_site(
-    name: str, run_config: dict[str, Any], tmp_path: Path
-) -> None:
+def check_conversations(config: RunConfig, rounds: Sequence[dict[str, dict[str, int]]]) -> None:
     """The lengths of all micro-batches follow from the seed; digits of numbers vary."""
-    table = table_of(run_config, name)
-    config = parse(table, "test")
     base = meta_base(config.model)
     layout = Outline(config.model, config.adapter).assignment.layout
     facts = given(config, layout, base, SITES, texts_of(config))
     assert isinstance(config.method, FlGlmConfig)
     places = Places.of(config.method, base, layout)
 
-    for number, sites in enumerate(rounds_of(run_table(table, tmp_path / "run")), 1):
+    for number, sites in enumerate(rounds, 1):
         predicted = conversations(config.method, facts, places, number)
         for site, sent in sites.items():
             each = predicted[site]
