@@ -2,7 +2,7 @@
 
 `CASES` has a row for each field of every method, codec, [train] and [lora]; a field without a row
 fails. A row changes one field of a run to another valid value; weights, bytes, metrics, set-up or
-predicted rows must differ. Codecs that learn, and methods whose runs are long, are `slow`.
+predicted rows must differ. Codecs that learn, and methods whose runs take seconds, are `slow`.
 """
 
 import json
@@ -428,7 +428,27 @@ def check_effect(field: str, case: tuple[Table, Any], usual: Table, folder: Path
     )
 
 
-@pytest.mark.parametrize("field", QUICK)
+LONG = (
+    "EcoLoraConfig",
+    "FedPipeConfig",
+    "FlGlmConfig",
+    "FlascConfig",
+    "Int4RowsSettings",
+    "PartsConfig",
+    "PlannerSettings",
+    "TopKRowsSettings",
+)
+"""Classes whose fields need runs of seconds."""
+LONG_METHODS = frozenset(METHODS) - {"fedavg", "fedcybgd"}
+"""Methods with which settings that all share are measured by `make test-slow`."""
+
+
+def marked(value: Any, slow: bool) -> Any:
+    """Return a parameter of a test, which is slow or not."""
+    return pytest.param(*value, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("field", [marked([field], field.split(".")[0] in LONG) for field in QUICK])
 def test_a_setting_has_an_effect(field: str, run_config: Table, tmp_path: Path) -> None:
     check_effect(field, QUICK[field], run_config, tmp_path)
 
@@ -669,8 +689,14 @@ def fail_in_round_1(name: str, attempts: int, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(cast(dict[str, Task], tasks), task, flaky)
 
 
-@pytest.mark.parametrize("setting", SHARED_SETTINGS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        marked([name, setting], name in LONG_METHODS - shared.refusing)
+        for name in METHODS
+        for setting, shared in SHARED_SETTINGS.items()
+    ],
+)
 def test_a_shared_setting_has_an_effect_or_is_refused(
     name: str, setting: str, run_config: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
