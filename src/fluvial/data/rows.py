@@ -53,16 +53,19 @@ class Cells(Mapping[str, Any]):
         self.fields = fields
 
     def __getitem__(self, name: str) -> Any:
-        if name in self.fields:
-            return self.fields[name]
+        fields, path, rest = self.fields, "", name
+        while rest not in fields:
+            outer = _outer(rest, fields)
+            value = fields[outer]
+            path = f"{path}.{outer}" if path else outer
+            rest = rest[len(outer) + 1 :]
+            if value is None:
+                return None
+            if not isinstance(value, Mapping):
+                return Within(path, value)
+            fields = value
 
-        outer = name
-        while "." in outer:
-            outer = outer.rpartition(".")[0]
-            if outer in self.fields:
-                return _inner(outer, self.fields[outer], name[len(outer) + 1 :])
-
-        raise KeyError(name)
+        return fields[rest]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
@@ -71,15 +74,15 @@ class Cells(Mapping[str, Any]):
         return len(self.fields)
 
 
-def _inner(outer: str, value: Any, name: str) -> Any:
-    """Return the field `name` of the object `value`, which is named `outer`."""
-    if value is None:
-        return None
-    if not isinstance(value, Mapping):
-        return Within(outer, value)
+def _outer(name: str, fields: Mapping[str, Any]) -> str:
+    """Return the longest beginning of a dotted name that is a field; raise `KeyError` if none."""
+    outer = name
+    while "." in outer:
+        outer = outer.rpartition(".")[0]
+        if outer in fields:
+            return outer
 
-    found = Cells(value)[name]
-    return Within(f"{outer}.{found.name}", found.value) if isinstance(found, Within) else found
+    raise KeyError(name)
 
 
 class Place(NamedTuple):
@@ -146,20 +149,24 @@ def columns_of(rows: Sequence[Row]) -> tuple[str, ...]:
     Hugging Face's `datasets` names them.
     """
     filled: dict[str, bool] = {}
+    objects = set[str]()
     for row in rows:
-        for name, value in _leaves(row.fields, ""):
+        for name, value in _leaves(row.fields, objects):
             filled[name] = filled.get(name, False) or value is not None
 
-    outer = {name[:dot] for name in filled for dot, sign in enumerate(name) if sign == "."}
-    return tuple(name for name, has_value in filled.items() if has_value or name not in outer)
+    return tuple(name for name, has_value in filled.items() if has_value or name not in objects)
 
 
-def _leaves(fields: Mapping[str, Any], outer: str) -> Iterator[tuple[str, Any]]:
-    for name, value in fields.items():
+def _leaves(fields: Mapping[str, Any], objects: set[str]) -> Iterator[tuple[str, Any]]:
+    """Yield names and values of what is no object; the names of objects go to `objects`."""
+    waiting = list(fields.items())[::-1]
+    while waiting:  # no recursion: a record may be as deep as a JSON reader allows
+        name, value = waiting.pop()
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{outer}{name}.")
+            objects.add(name)
+            waiting += [(f"{name}.{inner}", each) for inner, each in value.items()][::-1]
         else:
-            yield outer + name, value
+            yield name, value
 
 
 def typed(value: Any) -> Any:

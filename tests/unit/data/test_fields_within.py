@@ -196,3 +196,13 @@ def test_each_site_has_dotted_names_of_its_own(tmp_path: Path) -> None:
 def test_two_fields_may_not_name_one_inner_column() -> None:
     with pytest.raises(ValidationError, match="prompt and completion name one column, 'a.b'"):
         DataConfig(source="x.jsonl", columns={"prompt": "a.b", "completion": "a.b"})
+
+
+def test_a_record_may_be_as_deep_as_json_is_read() -> None:
+    record: Any = "leaf"
+    for _ in range(2000):
+        record = {"a": record}
+
+    (name,) = columns_of([Row(record, Place("deep.jsonl", "line", 1))])
+    assert name == ".".join(["a"] * 2000)
+    assert Cells(record)[name] == "leaf"
