@@ -1,50 +1,25 @@
 """Jobs of the benchmarks of codecs, in several processes."""
 
-import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import replace
-
-from rich.console import Console
 
 from benchmarks.codecs.bed import Found, Job, compete
 from benchmarks.codecs.cache import SOURCE
 from benchmarks.codecs.contenders import only
+from benchmarks.pooled import pooled
 from benchmarks.report import Report
 
 
 def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
     """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
     report."""
-    console = Console()
-    since = time.perf_counter()
-    futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
-    found: dict[int, Found] = {}
 
-    for done in as_completed(futures):
-        number = futures[done]
-        job = waiting[number]
-        try:
-            each = done.result()
-        except Exception as error:  # a fault of one contender must not cost the hours of all others
-            report.skip(
-                f"{job.cell}, {job.contender.name}: {type(error).__name__}: {str(error)[:300]}"
-            )
-            each = Found(job.cell, job.contender, {}, [], complete=True)
+    def failed(job: Job, why: str) -> Found:
+        report.skip(f"{job.cell}, {job.contender.name}: {why}")
+        return Found(job.cell, job.contender, {}, [], complete=True)
 
-        found[number] = each
-        rows = [*each.tuning.values(), *each.runs]
-        state = "" if each.complete else ", time is over"
-        stopped = next((f", {row['stopped']}" for row in rows if "stopped" in row), "")
-        console.print(
-            f"{len(found)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {each.cell}: "
-            f"{each.contender.name}, "
-            f"{len(each.tuning)} rates, {len(each.runs)} seeds{state}{stopped}"[:240],
-            markup=False,
-            soft_wrap=True,
-        )
-
-    results = [found[number] for number in sorted(found)]
+    results = pooled(pool, compete, waiting, failed, _words)
     for each in results:
         if not each.complete:
             report.skip(
@@ -66,6 +41,14 @@ def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Foun
         )
 
     return results
+
+
+def _words(found: Found) -> str:
+    state = "" if found.complete else ", time is over"
+    rows = [*found.tuning.values(), *found.runs]
+    stopped = next((f", {row['stopped']}" for row in rows if "stopped" in row), "")
+    rates, seeds = len(found.tuning), len(found.runs)
+    return f"{found.cell}: {found.contender.name}, {rates} rates, {seeds} seeds{state}{stopped}"
 
 
 def at_rate_of_uncompressed(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:

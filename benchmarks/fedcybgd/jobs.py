@@ -1,18 +1,14 @@
 """Jobs of `benchmarks.fedcybgd`: full and quick beds, and many jobs at a time."""
 
 import argparse
-import time
 from collections.abc import Sequence
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor
 from dataclasses import replace
-
-from rich.console import Console
 
 from benchmarks.codecs.cache import SOURCE
 from benchmarks.fedcybgd.bed import Found, Job, compete
-from benchmarks.fedcybgd.contenders import (
-    Bed,
-)
+from benchmarks.fedcybgd.contenders import Bed
+from benchmarks.pooled import pooled
 from benchmarks.report import Report
 
 FULL = Bed(rounds=8, steps=4, heldout=None, length=None, seeds=3, paces=(0.5, 1.0, 2.0), further=2)
@@ -26,38 +22,33 @@ FEWER = 4.0
 def run_all(pool: Executor, waiting: Sequence[Job], report: Report) -> list[Found]:
     """All jobs, in the order of `waiting`; what the time did not suffice for is listed in the
     report."""
-    console = Console()
-    since = time.perf_counter()
-    futures = {pool.submit(compete, job): number for number, job in enumerate(waiting)}
-    done: dict[int, Found] = {}
 
-    for future in as_completed(futures):
-        number = futures[future]
-        job = waiting[number]
-        name = f"{job.cell.name}, {job.contender.name}"
+    def failed(job: Job, why: str) -> Found:
+        report.skip(f"{_name(job)}: {why}")
+        return Found(job, complete=True)
 
-        try:
-            each = future.result()
-        except Exception as error:  # a fault of one contender must not cost the hours of all others
-            report.skip(f"{name}: {type(error).__name__}: {str(error)[:300]}")
-            each = Found(job, complete=True)
-
-        done[number] = each
+    found = pooled(pool, compete, waiting, failed, _words)
+    for each in found:
         if not each.complete:
             report.skip(
-                f"{name}: time was over after {len(each.tuning)} learning rates and "
+                f"{_name(each.job)}: time was over after {len(each.tuning)} learning rates and "
                 f"{len(each.runs)} seeds"
             )
 
-        losses = ", ".join(f"{row['loss']:.4f}" for row in each.runs if "loss" in row)
-        line = f"{len(done)}/{len(waiting)} {time.perf_counter() - since:.0f} s  {name}: {losses}"
-        console.print(line, markup=False, soft_wrap=True)
-
-    old = {row["key"] for each in done.values() for row in each.runs if row["source"] != SOURCE}
+    old = {row["key"] for each in found for row in each.runs if row["source"] != SOURCE}
     if old:
         report.skip(f"{len(old)} runs are from the cache and of another state of the package")
 
-    return [done[number] for number in sorted(done)]
+    return found
+
+
+def _name(job: Job) -> str:
+    return f"{job.cell.name}, {job.contender.name}"
+
+
+def _words(found: Found) -> str:
+    losses = ", ".join(f"{row['loss']:.4f}" for row in found.runs if "loss" in row)
+    return f"{_name(found.job)}: {losses}"
 
 
 # -- the command ---------------------------------------------------------------------------------
