@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(file.parts[0])
 
         test, _, case = item.name.partition("[")
-        if is_slow(file.as_posix(), test, case.removesuffix("]")):
+        if is_slow(f"{file.as_posix()}::{test}", case.removesuffix("]")):
             item.add_marker("slow")
 
 
