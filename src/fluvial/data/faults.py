@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -24,6 +25,10 @@ class DataError(ConfigError):
         self.faults = tuple(faults)
         self.count = len(faults) if count is None else count
         super().__init__(_message(self.faults, self.count))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return what pickle builds it from: an exception is rebuilt from its message otherwise."""
+        return DataError, (self.faults, self.count)
 
 
 class Faults:

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import zipfile
 from decimal import Decimal
 from pathlib import Path
@@ -482,3 +483,9 @@ def test_a_pipe_is_refused_at_once(name: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / name)
     with pytest.raises(DataError, match=f"{name}: is no regular file but a pipe"):
         read_file(tmp_path / name, Reading())
+
+
+def test_faults_are_the_same_in_another_process() -> None:
+    error = DataError(["a.csv, line 2: is wrong", "b.csv, line 3: is wrong"], 7)
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.faults, again.count, str(again)) == (error.faults, 7, str(error))
