@@ -73,7 +73,8 @@ class Corpus:
         return {"model": {"name_or_path": model, "dtype": "float32"}, "data": data}
 
 
-ANSWERS = {"columns": {"completion": "answer"}}
+ANSWERS = {"columns": {"completion": "answer"}, "public": {"columns": {}}}
+"""Questions with answers, beside public text that is plain."""
 PACKED = {"packing": True}
 """Utterances are shorter than a sequence."""
 CORPORA = {
