@@ -27,6 +27,10 @@ from fluvial.training.evaluate import heldout
 HELDOUT_SEQUENCES = 16
 
 
+LEAST_LOSS_S = 1.0
+"""Seconds of an update that a codec loses against a faster one, from which it is remarked."""
+
+
 @dataclass(frozen=True)
 class MeasuredTimes:
     """Seconds as measured on this machine, alone, with `fleet.threads` threads."""
@@ -195,10 +199,10 @@ def timed(
         ),
     ]
     here_s = _here_s(config, found, planned["sites"])
-    comparisons = f" after {', '.join(config.compare)}" if config.compare else ""
+    comparisons = f" with {', '.join(config.compare)} before it" if config.compare else ""
     rows.append(
         (
-            f"`fluvial run` on this machine{comparisons}, set-up and written answers apart",
+            f"`fluvial run` on this machine{comparisons}, without set-up and written answers",
             f"about {rough(here_s)}",
         )
     )
@@ -289,15 +293,16 @@ def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCo
 
 
 def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
-    """Return a remark where the codec takes longer than the upload that it saves."""
+    """Return a remark where the codec takes much longer than the upload that it saves."""
     line = config.fleet.line
-    if line is None or coding.loss_s(line.up_mbit_s) <= 0:
+    if line is None or coding.loss_s(line.up_mbit_s) < LEAST_LOSS_S:
         return []
 
     loss = f"{human_seconds(coding.loss_s(line.up_mbit_s))} longer than with int8"
     return [
         f"codec: with {coding.codec}, coding and upload of an update take {loss} at "
-        f"{line.up_mbit_s:g} Mbit/s; choose a faster codec, or more fleet.threads"
+        f"{line.up_mbit_s:g} Mbit/s; where time matters more than bytes, choose a faster codec, or "
+        "more fleet.threads"
     ]
 
 

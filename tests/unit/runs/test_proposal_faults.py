@@ -117,3 +117,11 @@ def test_a_broken_row_of_a_csv_is_told_beside_the_rows_before_it() -> None:
     assert "row that begins in line 4 is broken" in caught.value.faults[1]
     assert [row.fields for row in caught.value.table.rows] == [{"a": "1", "b": "2"}]
     assert isinstance(caught.value, DataError)
+
+
+def test_plain_text_beside_answers_is_refused_with_its_columns() -> None:
+    Path("oslo.jsonl").write_text(json.dumps({"prompt": "Who?", "completion": "It"}) + "\n")
+    Path("bonn.csv").write_text("job,note,report\n1,a note,a report that was written\n")
+    (line,) = lines_of("--data", "oslo.jsonl", "--data", "bonn.csv", "--column", "bonn:text=report")
+    assert "the records of 'bonn' are plain text, with the columns 'job', 'note', 'report'" in line
+    assert "--column bonn:prompt=COLUMN" in line

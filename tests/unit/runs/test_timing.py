@@ -19,7 +19,15 @@ from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Pace, Remaining
-from fluvial.runs.timing import MeasuredCoding, MeasuredTimes, Work, measure, predict, timed
+from fluvial.runs.timing import (
+    MeasuredCoding,
+    MeasuredTimes,
+    Work,
+    _coding_note,
+    measure,
+    predict,
+    timed,
+)
 from tests.support.models import with_fitting_model
 from tests.support.runs import toml_of
 from tests.unit.report.test_show import text_of
@@ -85,7 +93,7 @@ def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
     assert time["here_s"] == pytest.approx(time["run_s"] + coding_s)
     both = timed(parse(settings | {"compare": ["local"]}, "test"), planned, lambda: next(clock))
     assert both["time"]["here_s"] == pytest.approx(2 * time["here_s"] - coding_s)
-    assert any("after local, set-up" in row["what"] for row in both["rows"])
+    assert any("with local before it" in row["what"] for row in both["rows"])
     rows = {row["what"]: row["value"] for row in told["rows"]}
     assert rows["coding and decoding an update by trellis, measured"] == "1.0 s; int8 1.0 s"
     many = time["many_machines"]
@@ -234,3 +242,14 @@ def test_a_stage_of_a_command_has_a_pace() -> None:
     assert pace.words() == ""
     say("multiple choice: %d of %d sequences", 20, 40)
     assert pace.words() == "about 6 s left"
+
+
+@pytest.mark.parametrize(("coding_s", "remarked"), [(0.2, False), (30.0, True)])
+def test_a_slow_codec_is_remarked_where_it_costs_a_second(
+    run_config: dict[str, Any], coding_s: float, remarked: bool
+) -> None:
+    line = {"up_mbit_s": 1.0, "down_mbit_s": 1.0, "rtt_ms": 0.0}
+    config = parse(run_config | {"fleet": {"line": line}}, "test")
+    notes = _coding_note(config, MeasuredCoding("trellis", coding_s, 1000, 0.1, 2000))
+    assert bool(notes) == remarked
+    assert not notes or "longer than with int8 at 1 Mbit/s" in notes[0]

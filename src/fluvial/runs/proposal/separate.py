@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from fluvial.data.faults import Faults
+from fluvial.data.faults import Faults, listed
 from fluvial.data.site_names import fault_of
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import as_options
@@ -77,10 +77,12 @@ def parts_of(
     forms = {part.form: name for name, part in parts.items()}
     if len(forms) > 1 and "text" in forms:
         other = next(name for form, name in forms.items() if form != "text")
+        plain = forms["text"]
+        options = as_options("COLUMN", "COLUMN", plain)
         faults[""].add(
-            f"--data: the records of {forms['text']!r} are plain text and those of {other!r} have "
-            f"answers, which are two tasks; name the columns with "
-            f"{as_options('COLUMN', 'COLUMN', forms['text'])}, or leave one out"
+            f"--data: the records of {plain!r} are plain text, with the columns "
+            f"{listed(parts[plain].files.names)}, and those of {other!r} have answers, which are "
+            f"two tasks; name the columns with {options}, or leave one out"
         )
     return parts
 
