@@ -57,9 +57,8 @@ def distortion() -> str:
     )
 
 
-def target() -> str:
-    """Loss and bytes to the uncompressed loss."""
-    found = read("bytes_to_target.json")
+def _target_tables(found: Any) -> list[str]:
+    """Return a table for each cell."""
     heading = ["contender", "seeds", "local rate", "excess loss", "+-", "reached", "rounds"]
     heading += ["up", "down", "set-up", "amortised"]
     tables = []
@@ -89,6 +88,13 @@ def target() -> str:
 
         tables += [f"`{cell}`:", table(rows)]
 
+    return tables
+
+
+def target() -> str:
+    """Loss and bytes to the uncompressed loss."""
+    found = read("bytes_to_target.json")
+    more = read("bytes_to_target_cells.json")
     settings = found["settings"]
     return "\n\n".join(
         [
@@ -100,9 +106,13 @@ def target() -> str:
             "site until the loss of "
             f"uncompressed round {settings['target']}; who did not reach it in every seed is "
             "shown with all its bytes.",
-            *tables,
+            *_target_tables(found),
             "Claims of `python -m benchmarks.codecs bytes_to_target`:",
             claims("bytes_to_target.json"),
+            "A further cell with one seed and every contender, at the learning rate that is best "
+            "for the uncompressed run (`--seeds 1 --rate-of-uncompressed`):",
+            *_target_tables(more),
+            claims("bytes_to_target_cells.json"),
         ]
     )
 
