@@ -147,6 +147,10 @@ class SiteTexts:
             sum(site.heldout_records for site in sites),
         )
 
+    def trained_questions(self, name: str) -> list[Question]:
+        """Return the questions of a site's training records; plain text has none."""
+        return self._tokens(name).train.questions
+
     def check(self) -> list[str]:
         """Tokenise every site and return remarks on all data.
 
@@ -252,8 +256,7 @@ class SiteTexts:
     def _has_chats(self, name: str) -> bool:
         return any(map(has_chats, self._records_of(name)))
 
-    # -- tokens -----------------------------------------------------------------------------------
-    # -------------
+    # -- tokens ------------------------------------------------------------
 
     def _tokenizing(self, site: str | None = None) -> Tokenizing:
         """Return what makes sequences of the records of a site, or of public text."""
@@ -333,8 +336,7 @@ class SiteTexts:
                 "resize the model (resize_token_embeddings) and save it anew"
             )
 
-    # -- public text
-    # --------------------------------------------------------------------------------------------
+    # -- public text -------------------------------------------------------
 
     def _try_public(self, faults: Faults) -> None:
         try:

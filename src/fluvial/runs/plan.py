@@ -9,8 +9,7 @@ from torch import nn
 from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
 from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
-from fluvial.data.leaks import digest
-from fluvial.data.overlap import own_only
+from fluvial.data.overlap import Asked, own_only
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
 from fluvial.methods.fedpipe.config import FedPipeConfig
@@ -74,14 +73,15 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     refuse_idle(config, planned, texts)
     remarks += idle_remarks(config, planned, texts)
     sites = []
-    measured = {}
+    asked = {}
     steps = 0
     train = train_config(config, len(texts.names))
 
     for name in (POOLED,) if config.entry.traits.pooled else texts.names:
         data = texts.pooled() if config.entry.traits.pooled else texts.load(name)
         steps = max(steps, train.steps(len(data.train)))
-        measured[name] = set(map(digest, data.heldout))
+        if not config.entry.traits.pooled:
+            asked[name] = Asked.of(data, texts.trained_questions(name))
         sites.append(
             {
                 "name": name,
@@ -96,7 +96,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
             }
         )
 
-    remarks += own_only(config.data, measured)
+    remarks += own_only(config.data, asked)
     forecast = planned.forecast()
     trained = planned.sent.numel if planned.num_trained is None else planned.num_trained
     rows = [
