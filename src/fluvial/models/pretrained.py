@@ -5,7 +5,7 @@ transformers is imported where something is loaded, so that other commands answe
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -317,13 +317,20 @@ def hidden_width(model: PreTrainedModel) -> int:
 
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def context_length(model: PreTrainedModel) -> int | None:
     """Return the tokens that `model` reads at most, None without a limit; it may be without
-    weights."""
+    weights.
+
+    With longrope, it is `original_max_position_embeddings`: above it, a long text changes the
+    rotary frequencies, and so the values, of all texts of its batch.
+    """
     config = model.config.get_text_config()
+    ropes = _rope_tables(getattr(config, "rope_parameters", None))
     lengths = [getattr(config, name, None) for name in _LENGTHS]
+    lengths += [rope.get(_ORIGINAL) for rope in ropes if rope.get("rope_type") == "longrope"]
     limits = [length for length in lengths if isinstance(length, int) and length > 0]
 
     for name, module in model.named_modules():
@@ -338,11 +345,20 @@ def context_length(model: PreTrainedModel) -> int | None:
     return min(limits, default=None)
 
 
+def _rope_tables(parameters: Any) -> list[Mapping[str, Any]]:
+    """Return the tables of rotary embeddings in a configuration, with those of layer types."""
+    if not isinstance(parameters, Mapping):
+        return []
+    return [parameters, *(each for each in parameters.values() if isinstance(each, Mapping))]
+
+
 def check_length(longest: int | None, max_length: int) -> None:
     """Raise `ConfigError` if sequences of `max_length` tokens are longer than the `longest` that a
     model reads."""
     if longest is not None and max_length > longest:
         raise ConfigError(
-            f"data.max_length={max_length}: the model reads at most {longest} tokens; set "
-            f"data.max_length to {longest} or less"
+            f"data.max_length={max_length}: the model reads at most {longest} tokens, by its "
+            f"config.json (max_position_embeddings, or {_ORIGINAL} of a longrope, above which a "
+            "long text changes the values of those beside it in a batch); set data.max_length to "
+            f"{longest} or less"
         )

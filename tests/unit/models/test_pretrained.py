@@ -340,6 +340,49 @@ def test_roberta_counts_positions_behind_the_padding_s(tmp_path: Path) -> None:
         model(input_ids=torch.full((1, longest + 1), 5))
 
 
+def test_longrope_has_the_length_up_to_which_a_batch_changes_no_text(tmp_path: Path) -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    settings = Phi3Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        original_max_position_embeddings=32,
+        pad_token_id=0,
+        eos_token_id=2,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "short_factor": [1.0] * 8,
+            "long_factor": [8.0] * 8,
+        },
+    )
+    folder = saved_model(Phi3ForCausalLM, settings, tmp_path)
+    longest = context_length(meta_base(config(folder)))
+    assert longest == 32
+    with pytest.raises(ConfigError, match="reads at most 32 tokens"):
+        check_length(longest, longest + 1)
+
+    model = load_base(config(folder))
+    text = torch.arange(5, 15)[None]
+
+    def beside(length: int) -> torch.Tensor:
+        """Return the logits of the text, padded to the length of another one."""
+        rows = torch.nn.functional.pad(text, (0, length - text.shape[1]))
+        mask = torch.arange(length)[None] < text.shape[1]
+        logits: torch.Tensor = model(input_ids=rows, attention_mask=mask.long()).logits
+        return logits[:, : text.shape[1]]
+
+    torch.testing.assert_close(beside(longest), model(input_ids=text).logits)
+    assert not torch.allclose(beside(longest + 1), beside(longest), rtol=0, atol=1e-3)
+
+
 def test_tokens_that_the_model_does_not_embed_are_refused(base: Path) -> None:
     model = meta_base(config(base))
     tokenizer = load_tokenizer(config(base))
