@@ -1,5 +1,6 @@
 """`fluvial check` and `fluvial preview`: a run's figures and its tokens, before any training."""
 
+import time
 from typing import Annotated
 
 import typer
@@ -42,7 +43,7 @@ def check(
         if time_it:
             from fluvial.runs.timing import timed
 
-            planned = timed(settings, planned)
+            planned = timed(settings, planned, started_s=time.process_time())
 
     print_content(planned, format, plan_table)
 

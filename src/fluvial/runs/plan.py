@@ -91,6 +91,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
                 "train": len(data.train),
                 "steps": train.steps(len(data.train)),
                 "heldout": len(data.heldout),
+                "questions": len(data.questions),
                 "truncated_records": data.truncated_records,
                 "dropped_records": data.dropped_records,
             }

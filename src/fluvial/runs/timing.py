@@ -15,13 +15,15 @@ from fluvial.codecs.quantise import Int8Settings
 from fluvial.federation.in_process import concurrency
 from fluvial.formatting import human_seconds
 from fluvial.methods.fedpipe.config import FedPipeConfig
+from fluvial.models.outline import Outline
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import settled, texts_of
 from fluvial.runs.remaining import rough
-from fluvial.runs.step_time import Clock, time_steps
+from fluvial.runs.set_up_time import SetUp, left_out, pre_training, set_up
+from fluvial.runs.step_time import Clock, time_answers, time_steps
 from fluvial.training.evaluate import heldout
 
 HELDOUT_SEQUENCES = 16
@@ -45,6 +47,11 @@ class MeasuredTimes:
     """Training of a site in a round, beside its steps."""
     heldout_s: float
     """Loss of one held-out sequence."""
+    answer_s: float = 0.0
+    """One written answer of the untuned model; 0 where the run asks for none."""
+    downlink_s: float = 0.0
+    """Coding and decoding an adapter that goes down; 0 where it is not coded, or its codec is
+    fitted."""
     coding: "MeasuredCoding | None" = None
     """Time of the codec; None where it must be fitted first, or codes something else than this
     adapter."""
@@ -79,6 +86,8 @@ class Work:
     """Optimizer steps of each site."""
     heldout: Sequence[int]
     """Held-out sequences of each site."""
+    questions: Sequence[int]
+    """Answers that each site writes in a measure; nothing where the run asks for none."""
     cohort: int
     """Sites of a round."""
     workers: int
@@ -92,7 +101,7 @@ class Predicted:
     training_s: float
     """Training in one round, all sites of the cohort."""
     measuring_s: float
-    """Measuring held-out text of all sites, once."""
+    """Measuring held-out text of all sites, once, with the answers that the run asks for."""
     line_s: float
     """The rest of a round over fleet.line, with the codec's time; 0 where no line is set."""
     run_s: float
@@ -104,9 +113,11 @@ class Predicted:
         return self.training_s + self.line_s
 
 
-def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[MeasuredTimes, Work]:
-    """Load the model, train some steps on records of the largest site, and measure some held-out
-    text.
+def measure(
+    config: RunConfig, clock: Clock = time.perf_counter
+) -> tuple[MeasuredTimes, Work, SetUp]:
+    """Load the model, train some steps on records of the largest site, measure some held-out text
+    and write some answers. Return the times, the work of a round, and that of the set-up.
 
     Nothing is written. Raises `ConfigError` for what cannot be loaded.
     """
@@ -132,14 +143,23 @@ def measure(config: RunConfig, clock: Clock = time.perf_counter) -> tuple[Measur
         before = clock()
         heldout(model, some, pad_token_id=pool.tokenizer.pad_token_id)
         heldout_s = (clock() - before) / len(some)
+        answer_s = time_answers(config, pool, model, data.questions, clock)
 
     coding = _time_coding(config, pool, clock)
-    found = MeasuredTimes(largest, loaded - started, step_s, call_s, heldout_s, coding)
-    return found, _work(
+    downlink_s = _time_downlink(config, pool, clock)
+    found = MeasuredTimes(
+        largest, loaded - started, step_s, call_s, heldout_s, answer_s, downlink_s, coding
+    )
+    tgap = pre_training(config)
+    public = texts.public() if tgap is not None and tgap.source == "public" else {}
+    trained = {name: site.train for name, site in sites.items()}
+    work = _work(
         config,
         [len(site.train) for site in sites.values()],
-        [len(s.heldout) for s in sites.values()],
+        [len(site.heldout) for site in sites.values()],
+        [len(site.questions) for site in sites.values()],
     )
+    return found, work, set_up(config, pool.layout, trained, public)
 
 
 def predict(
@@ -154,8 +174,12 @@ def predict(
     times = sorted((steps * found.step_s + found.call_s for steps in work.steps), reverse=True)
     share = work.cohort / len(times)
     training_s = max(math.fsum(times) * share / work.workers, times[0])
-    sequences = sorted(work.heldout, reverse=True)
-    measuring_s = max(sum(sequences) / work.workers, sequences[0]) * found.heldout_s
+    answers = work.questions or [0] * len(work.heldout)
+    measures = [
+        sequences * found.heldout_s + count * found.answer_s
+        for sequences, count in zip(work.heldout, answers, strict=True)
+    ]
+    measuring_s = max(math.fsum(measures) / work.workers, *measures)
     times_measured = 2 + (rounds // every if every else 0)
     run_s = rounds * (training_s + line_s) + times_measured * measuring_s
 
@@ -163,10 +187,15 @@ def predict(
 
 
 def timed(
-    config: RunConfig, planned: dict[str, Any], clock: Clock = time.perf_counter
+    config: RunConfig,
+    planned: dict[str, Any],
+    clock: Clock = time.perf_counter,
+    *,
+    started_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Return `planned` (see `plan.plan`) with what was timed and predicted."""
-    found, work = measure(config, clock)
+    """Return `planned` (see `plan.plan`) with what was timed and predicted; a command takes
+    `started_s` to begin and to check its data."""
+    found, work, ahead_of_rounds = measure(config, clock)
     notes = list(planned["notes"])
     coding = found.coding
     apart = _apart(config, found, work, planned["round_over_line_s"])
@@ -188,21 +217,32 @@ def timed(
     if coding is not None:
         words = f"{human_seconds(coding.coding_s)}; int8 {human_seconds(coding.int8_coding_s)}"
         rows.append((f"coding and decoding an update by {coding.codec}, measured", words))
+    set_up_s = ahead_of_rounds.seconds(
+        step_s=found.step_s, call_s=found.call_s, coding_s=coding.coding_s if coding else 0.0
+    )
+    if set_up_s:
+        what = "set-up: pre-training, and measures of the codec, from these"
+        rows.append((what, f"about {rough(set_up_s)}"))
+    if found.answer_s:
+        rows.append(("one written answer, measured", human_seconds(found.answer_s)))
+    written = " with written answers" if found.answer_s else ""
     rows += [
         (
             f"training in a round on this machine, {work.workers} sites at a time{bound}",
             human_seconds(ahead.training_s),
         ),
         (
-            "measuring held-out text of all sites on this machine, once",
+            f"measuring held-out text of all sites{written} on this machine, once",
             human_seconds(ahead.measuring_s),
         ),
     ]
-    here_s = _here_s(config, found, planned["sites"])
+    here_s = started_s + found.load_s + set_up_s + _here_s(config, found, planned["sites"])
     comparisons = f" with {', '.join(config.compare)} before it" if config.compare else ""
+    unknown = left_out(config, Outline(config.model, config.adapter).assignment.layout)
+    apart_from = f", apart from {' and '.join(unknown)}" if unknown else ""
     rows.append(
         (
-            f"`fluvial run` on this machine{comparisons}, without set-up and written answers",
+            f"`fluvial run` on this machine{comparisons}, from start to end{apart_from}",
             f"about {rough(here_s)}",
         )
     )
@@ -230,6 +270,9 @@ def timed(
             "workers": work.workers,
             "round_training_s": ahead.training_s,
             "measuring_s": ahead.measuring_s,
+            "answer_s": found.answer_s,
+            "set_up_s": set_up_s,
+            "left_out": unknown,
             "coding_s": coding.coding_s if coding else None,
             "run_s": ahead.run_s,
             "here_s": here_s,
@@ -260,11 +303,15 @@ def _here_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str
     baselines before it; `sites` are those of `plan.plan`."""
     train = [site["train"] for site in sites]
     measured = [site["heldout"] for site in sites]
+    asked = [site["questions"] for site in sites]
     coded = replace(found, call_s=found.call_s + (found.coding.coding_s if found.coding else 0.0))
     runs = [(config.baseline(name), found) for name in config.compare] + [(config, coded)]
-    return math.fsum(
+    return config.rounds * found.downlink_s + math.fsum(
         predict(
-            times, _work(each, train, measured), rounds=each.rounds, every=each.evaluate.every
+            times,
+            _work(each, train, measured, asked),
+            rounds=each.rounds,
+            every=each.evaluate.every,
         ).run_s
         for each, times in runs
     )
@@ -292,6 +339,14 @@ def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCo
     )
 
 
+def _time_downlink(config: RunConfig, pool: ModelPool, clock: Clock) -> float:
+    """Return what coding and decoding a whole adapter for the way down takes."""
+    settings = config.downlink
+    if settings is None or pool.full or must_learn(settings):
+        return 0.0
+    return coding_s(build(settings, pool.layout), clock)
+
+
 def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
     """Return a remark where the codec takes much longer than the upload that it saves."""
     line = config.fleet.line
@@ -307,16 +362,21 @@ def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
 
 
 def _work(
-    config: RunConfig, train_sequences: Sequence[int], heldout_sequences: Sequence[int]
+    config: RunConfig,
+    train_sequences: Sequence[int],
+    heldout_sequences: Sequence[int],
+    questions: Sequence[int],
 ) -> Work:
     count = len(train_sequences)
+    answers = questions if config.evaluate.max_new_tokens else ()
     if config.entry.traits.pooled:
         steps = [
             config.train.steps(sum(train_sequences)) * (count if config.train.max_steps else 1)
         ]
-        return Work(steps, [sum(heldout_sequences)], 1, 1)
+        return Work(steps, [sum(heldout_sequences)], [sum(answers)], 1, 1)
 
     cohort = config.method.cohort(count)
     steps = [config.train.steps(sequences) for sequences in train_sequences]
 
-    return Work(steps, heldout_sequences, cohort, min(concurrency(config.fleet), cohort))
+    workers = min(concurrency(config.fleet), cohort)
+    return Work(steps, heldout_sequences, answers, cohort, workers)

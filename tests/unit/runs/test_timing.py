@@ -4,6 +4,7 @@ our own."""
 import itertools
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fluvial.cli import app
+from fluvial.data import Example, Question
 from fluvial.formatting import human_seconds
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
@@ -19,6 +21,8 @@ from fluvial.report.plan_tables import plan_table
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Pace, Remaining
+from fluvial.runs.set_up_time import SetUp, left_out, set_up
+from fluvial.runs.step_time import time_answers
 from fluvial.runs.timing import (
     MeasuredCoding,
     MeasuredTimes,
@@ -37,7 +41,7 @@ FOUND = MeasuredTimes(site="north", load_s=3.0, step_s=0.5, call_s=0.25, heldout
 
 
 def test_a_round_by_hand() -> None:
-    work = Work(steps=[4, 4, 2, 2], heldout=[10, 10, 10, 10], cohort=4, workers=2)
+    work = Work(steps=[4, 4, 2, 2], heldout=[10, 10, 10, 10], questions=(), cohort=4, workers=2)
     ahead = predict(FOUND, work, rounds=5, every=2)
     assert ahead.training_s == pytest.approx((2.25 + 2.25 + 1.25 + 1.25) / 2)
     assert ahead.measuring_s == pytest.approx(40 / 2 * 0.1)
@@ -46,10 +50,69 @@ def test_a_round_by_hand() -> None:
     assert over_line.run_s == pytest.approx(5 * (3.5 + 7.0) + 2 * 2.0)
 
 
+def test_written_answers_are_part_of_a_measure() -> None:
+    """Ten answers of 2 s at each of two sites that work at a time, beside their losses."""
+    work = Work(steps=[1, 1], heldout=[10, 10], questions=[10, 10], cohort=2, workers=2)
+    ahead = predict(replace(FOUND, answer_s=2.0), work, rounds=3, every=1)
+    assert ahead.measuring_s == pytest.approx(10 * 0.1 + 10 * 2.0)
+    assert ahead.run_s == pytest.approx(3 * ahead.training_s + (2 + 3) * 21.0)
+
+
+def test_a_set_up_is_its_rounds_and_its_codings() -> None:
+    work = SetUp(steps=[2, 2, 4], rounds=5, codings=7, workers=2)
+    assert work.seconds(step_s=1.0, call_s=0.5, coding_s=0.25) == pytest.approx(
+        5 * (2.5 + 2.5 + 4.5) / 2 + 7 * 0.25
+    )
+    assert SetUp().seconds(step_s=1.0, call_s=0.5, coding_s=0.25) == 0
+
+
+@pytest.mark.parametrize(
+    ("codec", "codings", "unknown"),
+    [
+        ({"name": "auto", "rate": 16}, 7, []),
+        ({"name": "int8"}, 1, []),
+        ({"name": "resnet"}, 0, ["the fit of a learned codec"]),
+    ],
+)
+def test_the_set_up_of_a_run(
+    run_config: dict[str, Any], codec: dict[str, Any], codings: int, unknown: list[str]
+) -> None:
+    """TGAP on three simulated sites: one of its rounds measures the codec, under `auto` once and
+    with error feedback six times more; what is fitted has no estimate."""
+    tgap = {"name": "cgfedllm", "tgap": {"source": "public", "rounds": 4, "simulated_sites": 3}}
+    config = parse(run_config | {"method": tgap, "codec": codec}, "test")
+    layout = ModelPool(config.model, config.adapter).layout
+    public = {name: [Example([1, 2], [1, 2])] * 8 for name in "abcd"}
+    found = set_up(config, layout, {}, public)
+    assert (list(found.steps), found.rounds) == ([3, 3, 3], 4)
+    assert found.codings == 3 * codings
+    assert left_out(config, layout) == unknown
+    plain = parse(run_config, "test")
+    assert set_up(plain, layout, {}, public) == SetUp()
+    assert not left_out(plain, layout)
+
+
+def test_an_answer_is_timed_by_a_batch(run_config: dict[str, Any]) -> None:
+    """All tokens of short answers; of long ones the first, and the pace of those after nine."""
+    questions = [Question(f"{number}", "x") for number in range(20)]
+
+    def seconds(tokens: int, *reads: float) -> float:
+        evaluate = {"max_new_tokens": tokens, "sample_tokens": 2}
+        config = parse(run_config | {"evaluate": evaluate}, "test")
+        pool = ModelPool(config.model, config.adapter)
+        clock = iter(reads)
+        with pool.model(initial_state(pool.layout, 0)) as model:
+            return time_answers(config, pool, model, questions, lambda: next(clock))
+
+    assert seconds(0) == 0
+    assert seconds(4, 1.0, 5.0) == pytest.approx(4.0 / 8)
+    assert seconds(54, 0.0, 1.0, 1.0, 4.0) == pytest.approx((3.0 + 30 * 2.0 / 15) / 8)
+
+
 def test_a_round_is_never_shorter_than_its_longest_site() -> None:
-    work = Work(steps=[100, 1, 1], heldout=[1, 1, 1], cohort=3, workers=8)
+    work = Work(steps=[100, 1, 1], heldout=[1, 1, 1], questions=(), cohort=3, workers=8)
     assert predict(FOUND, work, rounds=1, every=0).training_s == pytest.approx(50.25)
-    half = Work(steps=[4] * 8, heldout=[1] * 8, cohort=4, workers=1)
+    half = Work(steps=[4] * 8, heldout=[1] * 8, questions=(), cohort=4, workers=1)
     assert predict(FOUND, half, rounds=1, every=0).training_s == pytest.approx(4 * 2.25)
 
 
@@ -58,7 +121,7 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     second."""
     config = parse(run_config, "test")
     clock = itertools.count(0.0, 1.0)
-    found, work = measure(config, lambda: next(clock))
+    found, work, _ = measure(config, lambda: next(clock))
     assert (found.load_s, found.call_s) == (1.0, 1.0)
     assert found.step_s == 0.0  # one step and three took a second each
     assert found.site == "west"  # 40 of 90 records
@@ -73,7 +136,10 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     assert told["round_training_s"] == max(3 * 30.0 / told["workers"], 30.0)
     assert told["run_s"] == pytest.approx(2 * told["round_training_s"] + 2 * told["measuring_s"])
     coding_s = 2 * max(3 * 10.0 / told["workers"], 10.0)
-    assert told["here_s"] == pytest.approx(told["run_s"] + coding_s)  # nothing is compared
+    assert told["here_s"] == pytest.approx(10.0 + told["run_s"] + coding_s)  # with the load
+    assert told["set_up_s"] == told["answer_s"] == 0
+    later = timed(config, plan(config), lambda: next(clock), started_s=5.0)
+    assert later["time"]["here_s"] == pytest.approx(told["here_s"] + 5.0)
 
 
 def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
@@ -90,9 +156,9 @@ def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
     assert told["time"]["coding_s"] == 1.0
     time = told["time"]
     coding_s = 2 * max(3 / time["workers"], 1.0)  # a second of each of three sites, in two rounds
-    assert time["here_s"] == pytest.approx(time["run_s"] + coding_s)
+    assert time["here_s"] == pytest.approx(1.0 + time["run_s"] + coding_s)
     both = timed(parse(settings | {"compare": ["local"]}, "test"), planned, lambda: next(clock))
-    assert both["time"]["here_s"] == pytest.approx(2 * time["here_s"] - coding_s)
+    assert both["time"]["here_s"] == pytest.approx(2 * time["here_s"] - coding_s - 1.0)
     assert any("with local before it" in row["what"] for row in both["rows"])
     rows = {row["what"]: row["value"] for row in told["rows"]}
     assert rows["coding and decoding an update by trellis, measured"] == "1.0 s; int8 1.0 s"
@@ -104,7 +170,7 @@ def test_coding_counts_with_the_line(run_config: dict[str, Any]) -> None:
 
     for name, timed_as in (("auto", "trellis"), ("klt", None)):
         codec = {"codec": {"name": name, "rate": 16, "error_feedback": name == "auto"}}
-        found, _ = measure(parse(run_config | codec | TGAP, "test"))
+        found, *_ = measure(parse(run_config | codec | TGAP, "test"))
         assert (found.coding.codec if found.coding else None) == timed_as
 
 
@@ -167,7 +233,7 @@ def test_a_step_of_parts_that_are_tuned_apart(
         del table["lora"]
 
     config = parse(table, "test")
-    found, _ = measure(config)
+    found, *_ = measure(config)
     assert found.step_s > 0
 
     if front != "auto":
