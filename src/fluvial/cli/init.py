@@ -35,7 +35,7 @@ def init(
         list[str] | None,
         typer.Option(
             help="A file, a folder of files, or a hub id of a data set; given several times, each "
-            "is a site."
+            "is a site, and NAME=PATH names it."
         ),
     ] = None,
     column: Annotated[
@@ -105,7 +105,7 @@ def init(
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import facts_about, read_records
-    from fluvial.runs.proposal.separate import separate
+    from fluvial.runs.proposal.separate import named_sources, separate
     from fluvial.runs.proposal.sites import sites_by_source
 
     renamed = _renamed(column or [])
@@ -133,7 +133,7 @@ def init(
             files = named.data[0]
         else:
             with spinner("reading the records"):
-                files = read_records(name)
+                files = read_records(named_sources([name])[0][1])
         return facts_about(files, of_all, partial(_columns, name) if asks else None)
 
     facts = _answer(

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fluvial.data.faults import Faults
 from fluvial.runs.proposal.heldout import ALL, fitted_parts, read_heldout
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, readable_records
-from fluvial.runs.proposal.separate import parts_of
+from fluvial.runs.proposal.separate import named_sources, parts_of
 
 
 @dataclass(frozen=True)
@@ -57,10 +57,16 @@ class Given:
 
 
 def read_given(data: Sequence[str], heldout: Sequence[str], public: str | None) -> Given:
-    """Return the rows of all sources that --data, --heldout and --public name."""
+    """Return the rows of all sources that --data, --heldout and --public name.
+
+    Raises `DataError` for a wrong name of a site.
+    """
     faults = defaultdict[str, Faults](Faults)
-    read = [readable_records(source, "--data", faults[source]) for source in data]
-    apart = read_heldout(heldout, data, faults)
+    read = [
+        replace(readable_records(source, "--data", faults[source]), site=site)
+        for site, source in named_sources(data)
+    ]
+    apart = read_heldout(heldout, read, faults)
     if public is not None:
         readable_records(public, "--public", faults[public])
     return Given(read, apart, faults)

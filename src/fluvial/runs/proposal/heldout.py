@@ -35,7 +35,7 @@ class Heldout:
 
 
 def read_heldout(
-    options: Sequence[str], sources: Sequence[str], faults: Mapping[str, Faults]
+    options: Sequence[str], sources: Sequence[RecordFiles], faults: Mapping[str, Faults]
 ) -> dict[str, RecordFiles]:
     """Return the records that each `--heldout` names, by site; those of all sites are under `ALL`.
 
@@ -44,9 +44,9 @@ def read_heldout(
     those of "".
     """
     sites: list[str] = []
-    for source in sources if len(sources) > 1 else ():
-        with faults[source].catch():
-            sites.append(site_of(source))
+    for files in sources if len(sources) > 1 else ():
+        with faults[files.source].catch():
+            sites.append(site_of(files))
 
     found: dict[str, RecordFiles] = {}
     for option in options:

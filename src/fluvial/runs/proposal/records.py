@@ -33,6 +33,8 @@ class RecordFiles:
     reading: Mapping[str, str]
     """Settings of [data] that its files need: encoding, delimiter."""
     tables: tuple[Table, ...]
+    site: str | None = None
+    """Name of the site whose source this is, where the caller gives one."""
 
     @cached_property
     def rows(self) -> list[Row]:

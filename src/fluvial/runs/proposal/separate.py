@@ -58,11 +58,11 @@ def parts_of(
     names: list[str] = []
     for files in sources:
         with faults[files.source].catch():
-            name = site_of(files.source)
+            name = site_of(files)
             if name in names:
                 raise ConfigError(
-                    f"--data {files.source!r}: another source makes the site {name!r} too; rename "
-                    "one"
+                    f"--data {files.source!r}: another source makes the site {name!r} too; name "
+                    "one with --data NAME=PATH"
                 )
             names.append(name)
             if files.rows:
@@ -87,18 +87,55 @@ def parts_of(
     return parts
 
 
-def site_of(source: str) -> str:
-    """Return the name of a source's site: that of its file without suffix, or of its folder.
+def named_sources(options: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Return site and source of each `--data`, PATH or NAME=PATH; the site is None without a name.
+
+    What exists is a path, also with "=" in it. Raises `DataError` with all names that are wrong or
+    are given again, and for a name of the only source.
+    """
+    faults = Faults()
+    found: list[tuple[str | None, str]] = []
+    for option in options:
+        name, mark, source = option.partition("=")
+        if not mark or Path(option).expanduser().exists():
+            found.append((None, option))
+            continue
+
+        shown = f"--data {option!r}"
+        fault = fault_of(name)
+        if not source.strip():
+            faults.add(f"{shown}: names no file or folder; write --data NAME=PATH")
+        elif fault is not None:
+            faults.add(f"{shown}: {fault}; write --data NAME=PATH")
+        elif name in (site for site, _ in found):
+            faults.add(f"{shown}: site {name!r} is named again; give each source a name of its own")
+        elif len(options) == 1:
+            faults.add(
+                f"{shown}: a name is for one of several --data, each of which is a site; write "
+                f"--data {shlex.quote(source)}"
+            )
+        found.append((name, source))
+
+    faults.raise_any()
+    return found
+
+
+def site_of(files: RecordFiles) -> str:
+    """Return the name of a source's site: the one that is given, else that of its file without
+    suffix, or of its folder.
 
     Raises `ConfigError` for one that can be no site's.
     """
+    if files.site is not None:
+        return files.site
+    source = files.source
     path = Path(source).expanduser()
     name = path.resolve().name if path.is_dir() else path.stem
     fault = fault_of(name)
     if fault is not None:
         raise ConfigError(
-            f"--data {source!r}: its site would be named after it, but {fault}; rename the file or "
-            "folder"
+            f"--data {source!r}: its site would be named after it, but {fault}; name it with "
+            "--data NAME=PATH"
         )
     return name
 
