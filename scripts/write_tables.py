@@ -79,7 +79,7 @@ def quickstart() -> str:
             f"{result['python']}, "
             f"torch {result['versions']['torch']}, two CPU cores.",
             table(_columns(rows, QUICK)),
-            f"The run in one line: {result['verdict']['line']}.",
+            f"The run in short: {result['verdict']['line']}",
             result_caption(rows[0], result=result),
             # The caption above says already that values are means over the sites.
             f"Of the scores of answers, {answers_caption(result).partition('; ')[2]}",

@@ -13,7 +13,7 @@ from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, leg
 from fluvial.report.cross_site import Matrix
 from fluvial.report.dots import dot_chart
 from fluvial.report.scales import LEAST_LOSS, LEAST_SCORE, spanned
-from fluvial.runs.verdict import losses
+from fluvial.runs.site_comparison import losses
 from fluvial.storage.run_files import JsonObject
 
 SITES = 48

@@ -3,7 +3,7 @@
 from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
 from fluvial.report.axes import SCORES
 from fluvial.report.result_tables import COUNTED, of_the_chosen, verdict_of
-from fluvial.runs.verdict import loss_of
+from fluvial.runs.site_comparison import loss_of
 from fluvial.storage.run_files import JsonObject
 
 ORDER = "local central fedavg"
@@ -30,10 +30,10 @@ def first_lines(run: JsonObject, method: str) -> dict[str, str]:
         return {"first": first, "more": more, "mark": ""}
 
     verdict = verdict_of(run)
-    first, _, more = safe_text(verdict.line()).partition("; ")
+    conclusion, *further = verdict.sentences()
     return {
-        "first": first,
-        "more": more[:1].upper() + more[1:],
+        "first": safe_text(conclusion.removesuffix(".")),
+        "more": safe_text(" ".join(further)),
         "mark": {"yes": "yes", "no": "no"}.get(verdict.helped, ""),
     }
 

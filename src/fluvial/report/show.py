@@ -23,7 +23,7 @@ from fluvial.report.round_lines import round_header, round_line, setup_lines
 from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import predicted_by_site
 from fluvial.report.tables import table
-from fluvial.runs.verdict import loss_of
+from fluvial.runs.site_comparison import loss_of
 from fluvial.storage.run_files import JsonObject, setup_of
 
 CYCLES = 12

@@ -1,12 +1,22 @@
-"""The verdict on a run: its held-out losses, site by site, against those of its baselines."""
+"""The verdict on a run: its held-out measures, site by site, against those of its baselines."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from fluvial.data.faults import listed
+from fluvial.runs.site_comparison import (
+    LEAST_SITES,
+    Answer,
+    Comparison,
+    compare_sites,
+    losses,
+    scores,
+)
+from fluvial.training.wilson import share_difference
+
 Reference = Literal["local", "fedavg", "base"]
-Answer = Literal["yes", "partly", "no", "not measured"]
 
 NAMES: dict[Reference, str] = {
     "local": "local training",
@@ -14,25 +24,8 @@ NAMES: dict[Reference, str] = {
     "base": "the base model",
 }
 """The runs that a verdict compares with, the most telling first."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Held-out losses of a run against one other, at the sites where both were measured."""
-
-    sites: int
-    better: int
-    """Sites whose loss is lower than the other run's."""
-    difference: float
-    """Mean over these sites of this run's loss less the other's, nats per token."""
-    once: bool = False
-    """True where all sites compare the same two models on one held-out set."""
-
-    @property
-    def answer(self) -> Answer:
-        """Return "yes" if most sites and the mean gained, "no" if neither did."""
-        gained = (2 * self.better > self.sites, self.difference < 0)
-        return "yes" if all(gained) else "partly" if any(gained) else "no"
+MOST_SITES = 5
+"""Sites that a verdict names; the others are counted."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +47,9 @@ class Verdict:
     exact_match: dict[str, float] = field(default_factory=dict)
     """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
     empty where this run has no answers."""
+    answers: dict[Reference, Comparison] = field(default_factory=dict)
+    """Comparisons of exact match, where each site has one of both runs; intervals are over all
+    questions where their number is known, else over the sites."""
     answered: tuple[int, int, int] | None = None
     """Sites with more right answers than `against`, with as many, and with fewer; None where some
     site has no exact match of both."""
@@ -71,71 +67,61 @@ class Verdict:
     @property
     def helped(self) -> Answer:
         """Return the answer against `against`, "partly" where exact match disagrees with the
-        losses, in its mean or at most sites."""
+        losses, in its mean or at most sites, and where the losses differ within their interval."""
         if self.decisive is None:
             return "not measured"
         answer = self.decisive.answer
         more, _, fewer = self.answered or (0, 0, 0)
-        return "partly" if self.disagrees or (answer == "yes" and fewer > more) else answer
+        unclear = self.disagrees or self.decisive.clear is False
+        return "partly" if unclear or (answer == "yes" and fewer > more) else answer
 
     @property
     def disagrees(self) -> bool:
         """True if mean exact match is worse than that of `against` and the mean loss is better, or
-        better where the losses are not."""
+        better where the losses are not; never where either differs within its interval."""
         decisive, against = self.decisive, self.against
-        if decisive is None or against not in self.exact_match:
+        if decisive is None or against not in self.exact_match or decisive.clear is False:
+            return False
+        right = self.right
+        if right is not None and right.clear is False:
             return False
         gain = self.exact_match["final"] - self.exact_match[against]
         return gain > 0 if decisive.answer == "no" else gain < 0 and decisive.difference < 0
 
-    def line(self) -> str:
-        """Return the verdict as one line for people."""
+    @property
+    def right(self) -> Comparison | None:
+        """The comparison of exact match with `against`."""
+        return None if self.against is None else self.answers.get(self.against)
+
+    def sentences(self) -> list[str]:
+        """Return the verdict as short sentences for people, the conclusion first."""
         if self.measured == 0:
-            return "Not measured: no site sent held-out measures of this run"
+            return ["Not measured: no site sent held-out measures of this run."]
 
-        first, found = self.against, self.decisive
+        others: dict[Reference, Comparison | None]
         others = {"local": self.local, "fedavg": self.fedavg, "base": self.base}
-        where = f"one held-out set that all {self.measured} sites share" if self.one_set else ""
-        parts = [self._leading(NAMES[first], found, where)] if first and found else []
-        if first and found and self.disagrees:
-            parts = [_disagreement(found), self._score(), _further(NAMES[first], found)]
-        elif self.exact_match:
-            parts = [self._score(), *(part[:1].lower() + part[1:] for part in parts)]
-        parts += [
-            _further(words, others[name])
-            for name, words in NAMES.items()
-            if name not in (first, self.itself)
+        told = [(name, found) for name, found in others.items() if found is not None]
+        unknown = [
+            words for name, words in NAMES.items() if not others[name] and name != self.itself
+        ]
+        unmeasured = self.sites - self.measured
+        return [
+            f"{self._conclusion()}.",
+            *self._score(),
+            *(
+                _loss_sentence("Loss against" if not number else "Against", NAMES[name], found)
+                for number, (name, found) in enumerate(told)
+            ),
+            *self._without_gain(),
+            *([f"All {self.measured} sites share one held-out set."] if self.one_set else []),
+            *self._too_few(),
+            *([f"Not measured: {' and '.join(unknown)}."] if unknown else []),
+            *([f"{unmeasured} of {self.sites} sites not measured."] if unmeasured else []),
         ]
 
-        if self.measured < self.sites:
-            parts.append(f"{self.sites - self.measured} of {self.sites} sites not measured")
-
-        return "; ".join(parts)
-
-    def _leading(self, name: str, found: Comparison, where: str) -> str:
-        """Return the comparison that decides; where loss and exact match are better at different
-        numbers of sites, say what each is."""
-        words = _leading(name, found, where)
-        helped = f"Helped at {found.better} of {found.sites} sites"
-        if self.answered is None or not words.startswith(helped):
-            return words
-        more, equal, fewer = self.answered
-        if more == found.better:
-            return words
-        others = f", as many at {equal}" * bool(equal) + f", fewer at {fewer}" * bool(fewer)
-        lower = f"Lower loss at {found.better} of {found.sites} sites"
-        return f"{lower}{words.removeprefix(helped)}; more right answers at {more}{others}"
-
-    def _score(self) -> str:
-        """Return exact match of this run and of those that it is compared with."""
-        others = [
-            f"{100 * self.exact_match[name]:.1f} % of {words}"
-            for name, words in NAMES.items()
-            if name in self.exact_match
-        ]
-        against = f" against {', '.join(others)}" if others else ""
-        words = "exact match" if self.disagrees else "Exact match"
-        return f"{words} {100 * self.exact_match['final']:.1f} %{against}"
+    def line(self) -> str:
+        """Return the verdict as one paragraph for people."""
+        return " ".join(self.sentences())
 
     def tile(self) -> str:
         """Return the verdict in the few words of a heading."""
@@ -147,20 +133,115 @@ class Verdict:
         """Return the verdict as JSON types, its line included."""
         return {**asdict(self), "helped": self.helped, "against": self.against, "line": self.line()}
 
+    def _conclusion(self) -> str:
+        """Return whether the run helped, and how far it is from the uncompressed run."""
+        if self.decisive is None or self.against is None:
+            return "No run to compare with was measured"
+        first = self._against(NAMES[self.against], self.decisive)
+        further = self.fedavg
+        if further is None:
+            return first
+
+        name = NAMES["fedavg"]
+        if further.clear is False:
+            right = self.answers.get("fedavg")
+            only = " in loss" if right is not None and right.clear else ""
+            return f"{first}, with no clear difference{only} from {name}"
+        if _is_level(further):
+            return f"{first}, level with {name}"
+        better = further.difference < 0
+        joined = "and" if better == (self.helped == "yes") else "but"
+        if further.clear is None or further.answer == "partly":
+            return f"{first}, {joined} with a {'lower' if better else 'higher'} loss than {name}"
+        return f"{first}, {joined} {'better' if better else 'worse'} than {name}"
+
+    def _against(self, name: str, found: Comparison) -> str:
+        """Return whether the run is better than `name`, in losses and in right answers."""
+        right = self.right
+        if self.disagrees:
+            return _disagreement(name, found)
+        if found.clear is False:
+            if right is not None and right.clear:
+                more = "More" if right.difference > 0 else "Fewer"
+                return f"{more} right answers than {name}, with no clear difference in loss"
+            return f"No clear difference from {name}"
+
+        if found.answer == "no":
+            return f"Did not help against {name}"
+        if found.answer == "partly":
+            only = "" if 2 * found.better > found.sites else " only"
+            way = "lower" if found.difference < 0 else "higher"
+            at = f"Helped at {found.better} of {found.sites} sites{only}"
+            return f"{at} against {name}, with a {way} mean loss"
+        helped = self.helped == "yes"
+        if right is not None and right.clear is False:
+            lead = f"Helped against {name} in loss" if helped else f"Lower loss than {name}"
+            return f"{lead}, with no clear difference in exact match"
+        if not helped:
+            return f"Lower loss than {name}, but more sites have fewer right answers than have more"
+        return f"Helped against {name}"
+
+    def _score(self) -> list[str]:
+        """Return a sentence on exact match of this run and of those that it is compared with."""
+        if not self.exact_match:
+            return []
+        others = [
+            f"{100 * self.exact_match[name]:.1f} % of {words}{self._unclear(name)}"
+            for name, words in NAMES.items()
+            if name in self.exact_match
+        ]
+        against = f" against {', '.join(others)}" if others else ""
+        return [f"Exact match {100 * self.exact_match['final']:.1f} %{against}."]
+
+    def _unclear(self, name: Reference) -> str:
+        found = self.answers.get(name)
+        return " (no clear difference)" if found is not None and found.clear is False else ""
+
+    def _without_gain(self) -> list[str]:
+        """Return a sentence on the sites that gained nothing against `against`, by loss and by
+        right answers; none where it is one comparison."""
+        found, right = self.decisive, self.right
+        lost = () if found is None or found.once else found.not_better
+        missed = () if right is None or right.once else right.not_better
+        words = {"No lower loss": lost, "No more right answers": missed}
+        if lost == missed:
+            words = {"Neither a lower loss nor more right answers": lost}
+        than = NAMES[self.against or "base"]
+        return [
+            f"{what} than {than} at {listed(sites, MOST_SITES)}."
+            for what, sites in words.items()
+            if sites
+        ]
+
+    def _too_few(self) -> list[str]:
+        """Return a sentence where too few sites are measured for an interval."""
+        found = self.decisive
+        if found is None or found.once or found.sites >= LEAST_SITES:
+            return []
+        sites = "site gives" if found.sites == 1 else "sites give"
+        return [f"{found.sites} {sites} no interval: a small difference may be noise."]
+
 
 def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | None]) -> Verdict:
     """Compare a run's `result` with those of its baselines, by name.
 
     Values that were not measured may be absent, None or not finite; they count nowhere.
     """
-    final = losses(result, "final")
+    final, right = losses(result, "final"), scores(result, "final")
     itself = next((name for name in NAMES if name == result.get("baseline")), None)
     tables: dict[Reference, dict[str, float]] = {"base": losses(result, "base")}
+    answers: dict[Reference, dict[str, float]] = {"base": scores(result, "base")}
 
     for name in ("local", "fedavg"):
-        tables[name] = losses(compared.get(name) or {}, "final") if name != itself else {}
+        other = (compared.get(name) or {}) if name != itself else {}
+        tables[name], answers[name] = losses(other, "final"), scores(other, "final")
     one_set = bool((result.get("overlap") or {}).get("one_set"))
-    found = {name: _compare(final, table, one_set) for name, table in tables.items()}
+    found = {name: compare_sites(final, table, one_set=one_set) for name, table in tables.items()}
+    scored = {
+        name: compare_sites(right, table, lower_is_better=False, one_set=one_set)
+        for name, table in answers.items()
+        if table.keys() == right.keys()
+    }
     return Verdict(
         sites=int(result.get("sites", len(final))),
         measured=len(final),
@@ -169,42 +250,51 @@ def judge(result: Mapping[str, Any], compared: Mapping[str, Mapping[str, Any] | 
         base=found["base"],
         itself=itself,
         one_set=one_set,
-        exact_match=_scores(result, {name: compared.get(name) or {} for name in tables}, itself),
-        answered=_answered(result, compared.get("local") if found["local"] else None),
+        exact_match=_means(right, answers),
+        answers={
+            name: _over_questions(each, result, compared.get(name))
+            for name, each in scored.items()
+            if each is not None
+        },
+        answered=_answered(right, answers["local" if found["local"] else "base"]),
     )
 
 
-def losses(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:
-    """Return the finite held-out loss of each measured site, nats per token."""
-    rows = result.get("heldout_by_site") or {}
-    found = {site: loss_of((row or {}).get(which)) for site, row in rows.items()}
-    return {site: loss for site, loss in found.items() if loss is not None}
-
-
-def _scores(
-    result: Mapping[str, Any],
-    compared: Mapping[Reference, Mapping[str, Any]],
-    itself: Reference | None,
+def _means(
+    right: Mapping[str, float], others: Mapping[Reference, Mapping[str, float]]
 ) -> dict[str, float]:
-    """Return the mean over the sites of exact match, for this run, the base and the baselines.
+    """Return the mean over the sites of exact match, for this run and those that it is compared
+    with; nothing where this run has none."""
+    known = [("final", right), *others.items()]
+    return {name: math.fsum(by.values()) / len(by) for name, by in known if by} if right else {}
 
-    As in the table of results, there is none where a site that was measured has none.
-    """
-    found = {"final": _mean_score(result, "final"), "base": _mean_score(result, "base")}
-    found |= {
-        name: _mean_score(other, "final") for name, other in compared.items() if name != "base"
-    }
-    known = {name: score for name, score in found.items() if score is not None and name != itself}
-    return known if "final" in known else {}
+
+def _over_questions(
+    found: Comparison, result: Mapping[str, Any], other: Mapping[str, Any] | None
+) -> Comparison:
+    """Return a comparison of exact match with the interval over all questions of the sites, which
+    the base model has in the `result` itself; `found` where results do not tell them."""
+    overlap = result.get("overlap") or {}
+    questions = float(overlap.get("independent_questions") or result.get("questions") or 0)
+    ours = _pooled(result, "final")
+    theirs = _pooled(result, "base") if other is None else _pooled(other, "final")
+    if not questions or ours is None or theirs is None:
+        return found
+    low, high = share_difference(ours, theirs, questions)
+    return replace(found, low=low, high=high, clear=not low <= 0 <= high)
+
+
+def _pooled(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:
+    """Return the share of right answers to the questions of all sites together."""
+    share = ((result.get("heldout_pooled") or {}).get(which) or {}).get("exact_match")
+    return None if share is None else float(share)
 
 
 def _answered(
-    result: Mapping[str, Any], local: Mapping[str, Any] | None
+    ours: Mapping[str, float], theirs: Mapping[str, float]
 ) -> tuple[int, int, int] | None:
-    """Return the sites with more right answers than `local`, with as many, and with fewer; against
-    the base model where `local` is None. Return None where a site lacks one of the two."""
-    ours = _by_site(result, "final")
-    theirs = _by_site(result, "base") if local is None else _by_site(local, "final")
+    """Return the sites with more right answers than the other run, with as many, and with fewer;
+    None where a site lacks one of the two."""
     if not ours or ours.keys() != theirs.keys():
         return None
     gains = [own - theirs[site] for site, own in ours.items()]
@@ -212,76 +302,28 @@ def _answered(
     return signs.count(1), signs.count(0), signs.count(-1)
 
 
-def _by_site(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:
-    """Return the exact match of each site; nothing where a site that was measured has none."""
-    rows = (result.get("heldout_by_site") or {}).items()
-    scores = {
-        site: (row[which] or {}).get("exact_match") for site, row in rows if (row or {}).get(which)
-    }
-    known = {site: float(score) for site, score in scores.items() if score is not None}
-    return known if len(known) == len(scores) else {}
+def _is_level(found: Comparison) -> bool:
+    """Return whether the difference is 0 in the digits that are shown."""
+    return float(f"{found.difference:.4f}") == 0
 
 
-def _mean_score(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:
-    rows = [(row or {}).get(which) for row in (result.get("heldout_by_site") or {}).values()]
-    scores = [row.get("exact_match") for row in rows if row]
-    known = [score for score in scores if isinstance(score, int | float) and math.isfinite(score)]
-    return math.fsum(known) / len(known) if known and len(known) == len(scores) else None
-
-
-def loss_of(measures: Mapping[str, Any] | None) -> float | None:
-    """Return the loss in a table of measures, or None where there is no finite one."""
-    loss = (measures or {}).get("loss")
-    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else None
-
-
-def _compare(
-    ours: Mapping[str, float], theirs: Mapping[str, float], one_set: bool
-) -> Comparison | None:
-    pairs = [(ours[site], theirs[site]) for site in ours if site in theirs]
-    if not pairs:
-        return None
-    gains = [own - other for own, other in pairs]
-    return Comparison(
-        len(gains),
-        sum(gain < 0 for gain in gains),
-        math.fsum(gains) / len(gains),
-        once=one_set and len(set(pairs)) == 1,
-    )
-
-
-def _disagreement(found: Comparison) -> str:
-    """Return which of losses and right answers is better, where they disagree."""
+def _disagreement(name: str, found: Comparison) -> str:
+    """Return which of losses and right answers is better than `name`, where they disagree."""
     lower = found.answer != "no"
     sites = found.better if lower else found.sites - found.better
     at = "" if found.once else f" at {sites} of {found.sites} sites"
     losses, answers = ("lower", "fewer") if lower else ("no lower", "more")
-    return f"Loss and exact match disagree: {losses} loss{at}, but {answers} right answers"
+    what = f"{losses} loss than {name}{at}, but {answers} right answers"
+    return f"Loss and exact match disagree: {what}"
 
 
-def _leading(name: str, found: Comparison, where: str) -> str:
-    """Return the comparison that decides; `where` names a held-out set that all sites share."""
-    distance = f"{abs(found.difference):.4f}"
+def _loss_sentence(lead: str, name: str, found: Comparison) -> str:
+    """Return a sentence on the losses of the run against those of `name`."""
     way = "lower" if found.difference < 0 else "higher"
-    mean = "mean loss level" if float(distance) == 0 else f"mean loss {distance} nats {way}"
+    apart = "level" if _is_level(found) else f"{abs(found.difference):.4f} nats {way}"
     if found.once:
-        verb = "Helped" if found.better else "Did not help"
-        return f"{verb} against {name} on {where} ({mean.removeprefix('mean ')})"
-    mean += f", on {where}" if where else ""
-
-    if found.answer == "no":
-        verb = "Did not help against"
-        return f"{verb} {name}: better at {found.better} of {found.sites} sites ({mean})"
-
-    only = " only" if found.answer == "partly" and 2 * found.better <= found.sites else ""
-    return f"Helped at {found.better} of {found.sites} sites{only} against {name} ({mean})"
-
-
-def _further(name: str, found: Comparison | None) -> str:
-    if found is None:
-        return f"{name} not measured"
-    sites = "" if found.once else f" (better at {found.better} of {found.sites} sites)"
-    distance = f"{abs(found.difference):.4f}"
-    if float(distance) == 0:
-        return f"level with {name}{sites}"
-    return f"{distance} nats {'ahead of' if found.difference < 0 else 'behind'} {name}{sites}"
+        return f"{lead} {name}: {apart}."
+    interval = ""
+    if found.clear is False:
+        interval = f" (95 % interval {found.low:+.4f} to {found.high:+.4f})"
+    return f"{lead} {name}: {apart}, better at {found.better} of {found.sites} sites{interval}."

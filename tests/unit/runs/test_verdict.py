@@ -1,8 +1,9 @@
-"""The one line that says whether a run helped, from made-up losses whose answer is known by
+"""The sentences that say whether a run helped, from made-up losses whose answer is known by
 hand."""
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,17 @@ from fluvial.methods import METHODS
 from fluvial.report import result_tables, show
 from fluvial.report.page import write_page
 from fluvial.runs.result import described
-from fluvial.runs.verdict import judge, losses
+from fluvial.runs.site_comparison import losses, mean_interval
+from fluvial.runs.verdict import judge
 from fluvial.storage.run_files import read_run
+from fluvial.training.wilson import share_difference
 from tests.support.runs import run_table
 from tests.unit.report.test_show import config, gate, records, result, text_of, write
 
 SITES = tuple("abcdefgh")
 
 
-def made(final: list[float | None], base: float | None = 3.0, **more: Any) -> dict[str, Any]:
+def made(final: Sequence[float | None], base: float | None = 3.0, **more: Any) -> dict[str, Any]:
     """A result with these losses, one a site."""
     rows = {
         site: {"base": {"loss": base, "accuracy": 0.3}, "final": {"loss": loss, "accuracy": 0.3}}
@@ -38,17 +41,69 @@ def made(final: list[float | None], base: float | None = 3.0, **more: Any) -> di
 
 def test_a_run_that_helped_at_most_sites() -> None:
     ours = made([2.90, 2.90, 2.90, 2.94])
-    verdict = judge(ours, {"local": made([2.92] * 4), "fedavg": made([2.90, 2.91, 2.90, 2.89])})
-    assert verdict.helped == "yes"
+    local = made([3.00, 3.02, 3.01, 2.93])
+    verdict = judge(ours, {"local": local, "fedavg": made([2.90, 2.91, 2.90, 2.89])})
+    assert verdict.helped == "partly"
     assert verdict.local is not None
     assert (verdict.local.sites, verdict.local.better) == (4, 3)
-    assert verdict.local.difference == pytest.approx((-0.02 * 3 + 0.02) / 4)
-    assert verdict.line() == (
-        "Helped at 3 of 4 sites against local training (mean loss 0.0100 nats lower); "
-        "0.0100 nats behind the uncompressed run (better at 1 of 4 sites); "
-        "0.0900 nats ahead of the base model (better at 4 of 4 sites)"
-    )
-    assert verdict.to_json()["line"] == verdict.line()
+    assert verdict.local.difference == pytest.approx((-0.10 - 0.12 - 0.11 + 0.01) / 4)
+    assert verdict.sentences() == [
+        "No clear difference from local training, with no clear difference from the uncompressed "
+        "run.",
+        "Loss against local training: 0.0800 nats lower, better at 3 of 4 sites (95 % interval "
+        "-0.1764 to +0.0164).",
+        "Against the uncompressed run: 0.0100 nats higher, better at 1 of 4 sites (95 % interval "
+        "-0.0331 to +0.0531).",
+        "Against the base model: 0.0900 nats lower, better at 4 of 4 sites.",
+        "No lower loss than local training at 'd'.",
+    ]
+    assert verdict.to_json()["line"] == verdict.line() == " ".join(verdict.sentences())
+    clear = judge(ours, {"local": made([3.00, 3.02, 3.01, 3.03])})
+    assert clear.helped == "yes"
+    assert clear.line().startswith("Helped against local training. Loss against local training: ")
+
+
+def test_an_interval_is_students_t_over_the_sites() -> None:
+    """Gains of 1, 2 and 3: mean 2, standard error 1 / sqrt(3), quantile 4.3027."""
+    low, high = mean_interval([1.0, 2.0, 3.0]) or (0.0, 0.0)
+    assert (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5))
+    assert mean_interval([1.0, 2.0]) is None
+    assert mean_interval([1.0] * 8) is None
+
+
+@pytest.mark.parametrize(("sites", "clear"), [(5, False), (6, True)])
+def test_enough_sites_that_all_move_one_way_are_clear(sites: int, clear: bool) -> None:
+    """One site's large gain widens the interval of the mean over 0; six of one sign tell enough."""
+    ours = made([2.0, *[2.99] * (sites - 1)])
+    verdict = judge(ours, {"local": made([3.0] * sites)})
+    assert verdict.local is not None
+    assert verdict.local.high is not None
+    assert verdict.local.high > 0
+    assert verdict.local.clear is clear
+
+
+@pytest.mark.parametrize(
+    ("fedavg", "words"),
+    [
+        ([2.80, 2.81, 2.80], ", and better than the uncompressed run"),
+        ([2.60, 2.62, 2.60], ", but worse than the uncompressed run"),
+        ([2.69, 2.72, 2.70], ", with no clear difference from the uncompressed run"),
+        ([2.70, 2.71, 2.70], ", level with the uncompressed run"),
+    ],
+)
+def test_the_conclusion_names_the_uncompressed_run(fedavg: list[float | None], words: str) -> None:
+    ours = made([2.70, 2.71, 2.70])
+    local = made([3.00, 3.02, 3.01])
+    first = judge(ours, {"local": local, "fedavg": made(fedavg)}).sentences()[0]
+    assert first == f"Helped against local training{words}."
+
+
+def test_sites_without_a_gain_are_named_up_to_five() -> None:
+    worse = made([3.1] * 7 + [2.9])
+    line = judge(worse, {"local": made([3.0] * 8)}).line()
+    assert "No lower loss than local training at 'a', 'b', 'c', 'd', 'e' and 2 more." in line
+    helped = made([2.9] * 3)
+    assert "No lower loss" not in judge(helped, {"local": made([3.0] * 3)}).line()
 
 
 @pytest.mark.parametrize(
@@ -56,20 +111,23 @@ def test_a_run_that_helped_at_most_sites() -> None:
     [
         (
             [3.1] * 4,
-            "Did not help against local training: better at 0 of 4 sites (mean loss 0.1000 nats "
-            "higher)",
+            "Did not help against local training. Loss against local training: 0.1000 nats "
+            "higher, better at 0 of 4 sites.",
         ),
         (
             [3.0] * 4,
-            "Did not help against local training: better at 0 of 4 sites (mean loss level)",
+            "Did not help against local training. Loss against local training: level, better at "
+            "0 of 4 sites.",
+        ),
+        (
+            [2.0, 3.1],
+            "Helped at 1 of 2 sites only against local training, with a lower mean loss. Loss "
+            "against local training: 0.4500 nats lower, better at 1 of 2 sites.",
         ),
         (
             [2.9, 2.9, 2.9, 4.0],
-            "Helped at 3 of 4 sites against local training (mean loss 0.1750 nats higher)",
-        ),
-        (
-            [2.0, 3.1, 3.1, 3.1],
-            "Helped at 1 of 4 sites only against local training (mean loss 0.1750 nats lower)",
+            "No clear difference from local training. Loss against local training: 0.1750 nats "
+            "higher, better at 3 of 4 sites (95 % interval -0.7002 to +1.0502).",
         ),
     ],
 )
@@ -82,14 +140,15 @@ def test_the_lead_says_both_sites_and_mean(final: list[float | None], words: str
     [
         (
             [2.9, 2.9, 2.7],
-            "Helped at 2 of 3 sites against local training (mean loss 0.0333 nats lower, on one "
-            "held-out set that all 3 sites share); the uncompressed run not measured; 0.2000 nats "
-            "ahead of the base model",
+            "No clear difference from local training. Loss against local training: 0.0333 nats "
+            "lower, better at 2 of 3 sites (95 % interval -0.3202 to +0.2535). Against the base "
+            "model: 0.2000 nats lower. No lower loss than local training at 'c'. All 3 sites share "
+            "one held-out set. Not measured: the uncompressed run.",
         ),
         (
             None,
-            "Helped against the base model on one held-out set that all 3 sites share (loss 0.2000 "
-            "nats lower); local training not measured; the uncompressed run not measured",
+            "Helped against the base model. Loss against the base model: 0.2000 nats lower. All 3 "
+            "sites share one held-out set. Not measured: local training and the uncompressed run.",
         ),
     ],
 )
@@ -109,13 +168,13 @@ def scored(score: float, base: float, loss: float = 2.9) -> dict[str, Any]:
     return found
 
 
-def test_a_run_with_answers_leads_with_their_score() -> None:
+def test_a_run_with_answers_tells_their_score() -> None:
     verdict = judge(scored(0.8, 0.1), {"local": scored(0.25, 0.1), "fedavg": None})
     assert verdict.exact_match == pytest.approx({"final": 0.8, "base": 0.1, "local": 0.25})
     assert verdict.line().startswith(
-        "Loss and exact match disagree: no lower loss at 4 of 4 sites, but more right answers; "
-        "exact match 80.0 % against 25.0 % of local training, 10.0 % of the base model; level with "
-        "local training (better at 0 of 4 sites); "
+        "Loss and exact match disagree: no lower loss than local training at 4 of 4 sites, but "
+        "more right answers. Exact match 80.0 % against 25.0 % of local training, 10.0 % of the "
+        "base model. Loss against local training: level, better at 0 of 4 sites. "
     )
     without = judge(made([2.9] * 4), {"local": scored(0.25, 0.1)})
     assert without.exact_match == {}
@@ -135,26 +194,65 @@ def test_a_loss_and_a_score_that_disagree_are_no_clear_answer(
     verdict = judge(scored(score, 0.1, loss), {"local": scored(0.3, 0.1)})
     assert verdict.helped == helped
     line = verdict.line()
-    which = "lower loss at 4 of 4 sites, but fewer" if loss < 2.9 else "no lower loss at 4 of 4"
-    disagree = f"Loss and exact match disagree: {which}"
-    assert line.startswith(disagree if helped == "partly" else "Exact match ")
-    assert ("elped" in line) == (helped == "yes")
+    lower, more = ("lower", "fewer") if loss < 2.9 else ("no lower", "more")
+    which = f"{lower} loss than local training at 4 of 4 sites, but {more} right answers."
+    first = {"yes": "Helped against local training.", "no": "Did not help against local training."}
+    assert line.startswith(first.get(helped, f"Loss and exact match disagree: {which}"))
     unscored = judge(scored(score, 0.1, loss), {"local": made([2.9] * 4)})
     assert unscored.helped == ("yes" if loss < 2.9 else "no")
 
 
-def test_where_fewer_sites_gain_right_answers_each_measure_is_said() -> None:
-    """At one of four sites the exact match did not move."""
+def test_sites_without_more_right_answers_are_named() -> None:
+    """At one of four sites the exact match did not move; where losses agree, it is one sentence."""
     ours, local = scored(0.4, 0.1, 2.8), scored(0.3, 0.1)
-    local["heldout_by_site"]["a"]["final"] |= {
-        "exact_match": ours["heldout_by_site"]["a"]["final"]["exact_match"]
-    }
-    line = judge(ours, {"local": local}).line()
-    assert "lower loss at 4 of 4 sites against local training (mean loss" in line
-    assert "nats lower); more right answers at 3, as many at 1" in line
-    assert "elped" not in line
-    same = judge(ours, {"local": scored(0.3, 0.1)}).line()
-    assert "helped at 4 of 4 sites against local training" in same
+    rows = local["heldout_by_site"]
+    rows["a"]["final"] |= {"exact_match": ours["heldout_by_site"]["a"]["final"]["exact_match"]}
+    verdict = judge(ours, {"local": local})
+    assert verdict.answered == (3, 1, 0)
+    assert "No more right answers than local training at 'a'." in verdict.sentences()
+    rows["a"]["final"]["loss"] = 2.7
+    both = "Neither a lower loss nor more right answers than local training at 'a'."
+    assert both in judge(ours, {"local": local}).sentences()
+    assert "right answers" not in judge(ours, {"local": scored(0.3, 0.1)}).line()
+
+
+@pytest.mark.parametrize(
+    ("questions", "ours", "loss", "words"),
+    [
+        (40, 0.35, 2.8, "Helped against local training in loss, with no clear difference in exact"),
+        (4000, 0.35, 2.8, "Helped against local training"),
+        (4000, 0.25, 2.8, "Loss and exact match disagree: lower loss than local training"),
+        (40, 0.25, 2.8, "Lower loss than local training, with no clear difference in exact match"),
+        (4000, 0.35, None, "More right answers than local training, with no clear difference in"),
+        (4000, 0.25, None, "Fewer right answers than local training, with no clear difference in"),
+        (40, 0.35, None, "No clear difference from local training."),
+    ],
+)
+def test_right_answers_are_clear_by_the_number_of_questions(
+    questions: int, ours: float, loss: float | None, words: str
+) -> None:
+    """Without a `loss`, those of the sites go both ways."""
+    found, local = scored(ours, 0.1, loss or 2.9), scored(0.3, 0.1)
+    for made_up, share in ((found, ours), (local, 0.3)):
+        made_up |= {
+            "questions": questions,
+            "heldout_pooled": {"base": {"exact_match": 0.1}, "final": {"exact_match": share}},
+        }
+    if loss is None:
+        for site, own in zip("abcd", (2.8, 3.1, 2.7, 2.95), strict=True):
+            found["heldout_by_site"][site]["final"]["loss"] = own
+    verdict = judge(found, {"local": local})
+    assert verdict.line().startswith(words)
+    clear = verdict.answers["local"].clear
+    assert f"local training{'' if clear else ' (no clear difference)'}," in verdict.sentences()[1]
+
+
+def test_the_interval_of_two_shares_is_newcombes() -> None:
+    """56 of 70 and 48 of 80 in his paper have other numbers of questions; here both have 100, and
+    the ends follow from Wilson's intervals by hand: 0.3 (0.2189, 0.3958), 0.2 (0.1334, 0.2888)."""
+    low, high = share_difference(0.3, 0.2, 100)
+    assert low == pytest.approx(0.1 - (0.0811**2 + 0.0888**2) ** 0.5, abs=2e-4)
+    assert high == pytest.approx(0.1 + (0.0958**2 + 0.0666**2) ** 0.5, abs=2e-4)
 
 
 def test_a_mean_of_answers_that_one_site_raised_is_no_clear_gain() -> None:
@@ -165,7 +263,8 @@ def test_a_mean_of_answers_that_one_site_raised_is_no_clear_gain() -> None:
     verdict = judge(ours, {"local": local})
     assert verdict.exact_match["final"] > verdict.exact_match["local"]
     assert verdict.helped == "partly"
-    assert "more right answers at 1, as many at 1, fewer at 2" in verdict.line()
+    assert verdict.answered == (1, 1, 2)
+    assert "No more right answers than local training at 'b', 'c', 'd'." in verdict.sentences()
 
 
 def test_better_than_the_base_is_no_help_where_local_training_is_better_still() -> None:
@@ -173,14 +272,16 @@ def test_better_than_the_base_is_no_help_where_local_training_is_better_still() 
     verdict = judge(made([2.9] * 8), {"local": made([2.8] * 8)})
     assert verdict.helped == "no"
     assert "Did not help against local training" in verdict.line()
-    assert "0.1000 nats ahead of the base model (better at 8 of 8 sites)" in verdict.line()
+    better = "Against the base model: 0.1000 nats lower, better at 8 of 8 sites."
+    assert better in verdict.sentences()
 
 
 def test_what_is_unknown_is_said_to_be_not_measured() -> None:
     line = judge(made([2.9, 2.8]), {}).line()
     assert line == (
-        "Helped at 2 of 2 sites against the base model (mean loss 0.1500 nats lower); "
-        "local training not measured; the uncompressed run not measured"
+        "Helped against the base model. Loss against the base model: 0.1500 nats lower, better "
+        "at 2 of 2 sites. 2 sites give no interval: a small difference may be noise. Not measured: "
+        "local training and the uncompressed run."
     )
     nothing = judge(made([None, None], base=None), {"local": made([3.0, 3.0])})
     assert (nothing.helped, nothing.tile()) == ("not measured", "not measured")
@@ -193,7 +294,7 @@ def test_a_site_without_a_finite_loss_counts_nowhere(missing: float | None) -> N
     verdict = judge(made([2.9, missing, 2.9]), {"local": made([3.0, 3.0, 3.0])})
     assert verdict.local is not None
     assert (verdict.local.sites, verdict.local.better) == (2, 2)
-    assert verdict.line().endswith("1 of 3 sites not measured")
+    assert verdict.line().endswith("1 of 3 sites not measured.")
     assert losses(made([missing]), "final") == {}
 
 
@@ -285,7 +386,7 @@ def test_the_first_line_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     )
     write_page(read_run(folder), tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    first = "better at 0 of 3 sites (mean loss 0.2000 nats higher)"
-    assert f'<h1 class="no">Did not help against local training: {first}</h1>' in page
+    assert '<h1 class="no">Did not help against local training</h1>' in page
+    assert "0.2000 nats higher, better at 0 of 3 sites." in page
     assert "Verdict" not in page
     assert "<h2>Codec gate:" in page
