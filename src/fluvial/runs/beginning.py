@@ -9,7 +9,8 @@ from fluvial.runs.budget.settled import BUDGET, Open, opened, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.storage import paths
-from fluvial.storage.run_files import CONFIG, DESCRIPTION, anew, check_free
+from fluvial.storage.inputs import changed, digests
+from fluvial.storage.run_files import CONFIG, DESCRIPTION, INPUTS, anew, check_free
 
 
 def begun(
@@ -47,8 +48,8 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
             f"{folder.path / CONFIG} is missing, and the folder holds a run; {anew()}"
         )
 
-    for key in ("fluvial", DESCRIPTION):
-        stored.pop(key, None)
+    stored.pop("fluvial", None)
+    description = stored.pop(DESCRIPTION, None)
     # How many sites work at a time, the page, trackers and traces change nothing in the result. And
     # as long as the method itself has not got through its set-up, another method or codec only
     # keeps the baselines, which do not depend on them.
@@ -75,4 +76,13 @@ def _check_folder(folder: RunFolder, config: RunConfig, *, resume: bool) -> None
             f"{folder.path} was started with another configuration (differs in "
             f"{', '.join(other[:5])}); "
             f"resume with the same one, or {caller.another_folder()}"
+        )
+
+    inputs = description.get(INPUTS) if isinstance(description, dict) else None
+    if others := changed(inputs, digests(ours)):
+        names = "names" if len(others) == 1 else "name"
+        raise CheckpointError(
+            f"{folder.path} was started with other files than those that {', '.join(others[:5])} "
+            f"{names} now, and a run goes on with the content that it began with; put the files "
+            f"back, or {caller.another_folder()}"
         )

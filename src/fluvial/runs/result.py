@@ -17,7 +17,8 @@ from fluvial.methods.measuring import SiteMeasures, Texts
 from fluvial.runs.config import RunConfig
 from fluvial.runs.verdict import judge
 from fluvial.storage.exported import MOSTLY
-from fluvial.storage.run_files import COMPARE, DESCRIBED, DESCRIPTION, read_result
+from fluvial.storage.inputs import digests
+from fluvial.storage.run_files import COMPARE, DESCRIBED, DESCRIPTION, INPUTS, read_result
 
 BytesByKind = Mapping[Kind, int]
 """Bytes by direction and task."""
@@ -115,12 +116,13 @@ def coding_of(config: RunConfig) -> str | None:
 
 def recorded(config: RunConfig, baselines: Sequence[RunConfig], texts: Texts) -> dict[str, Any]:
     """Return the content of config.json: the resolved configuration, and the description of the run
-    with those of its `baselines`, with what was set, and with what most records are where they are
-    known."""
+    with those of its `baselines`, with what was set, with digests of the files that it reads, and
+    with what most records are where they are known."""
     mostly = {MOSTLY: texts.mostly()} if isinstance(texts, SiteTexts) else {}
     description = {
         **description_of(config),
         **mostly,
+        INPUTS: digests(config.resolved()),
         "compare": {each.method.name: description_of(each) for each in baselines},
         "set": config.model_dump(mode="json", exclude_unset=True),
     }

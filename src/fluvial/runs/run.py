@@ -196,7 +196,6 @@ class Run:
         self.fleet = assemble(config, folder, pool, texts)
         self.trained: list[int] = []
         """Updates by round, with those that were dropped: they were sent too."""
-        """Updates that sites have sent so far, those that a method dropped among them."""
         self.setup: dict[str, Any] = {}
         self.setup_bytes: dict[Kind, int] = {}
         self._wall_s, self._since = 0.0, time.perf_counter()

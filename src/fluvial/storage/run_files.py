@@ -40,6 +40,8 @@ WRITTEN = (METRICS, REFUSED, SETUP, PAGE, DIGESTS, SITES, ENSEMBLE, COMPARE, *EX
 """Names that a run replaces in its folder, once its configuration is written."""
 LOCK = ".lock"
 """Name of the file that the process of a run locks."""
+INPUTS = "inputs"
+"""Key of the description: digests of the files that a run reads, by the setting."""
 DESCRIPTION = "run"
 """Key of the configuration's file that holds the description of the run."""
 DESCRIBED = ("label", "pooled", "baseline", "sends_updates")
