@@ -68,11 +68,15 @@ def run(
         result_table,
         verdict_line,
     )
+    from fluvial.report.site_tables import site_table
     from fluvial.storage.run_files import read_run
 
     finished = read_run(path)
     out.print(result_table(event.values, finished["config"]))
     out.print(verdict_line(finished))
+    if by_site := site_table(finished):
+        out.print()
+        out.print(by_site)
     for content in run_tasks(event.values):
         out.print(content)
     out.print()

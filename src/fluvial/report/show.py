@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fluvial.formatting import figure, human_bytes, percent, safe_text
+from fluvial.formatting import human_bytes, safe_text
 from fluvial.report.block_tables import block_schedule, conflict_log, failures
 from fluvial.report.cross_site import cross_site_table
 from fluvial.report.harness_table import run_tasks
@@ -22,8 +22,8 @@ from fluvial.report.result_tables import (
 from fluvial.report.round_lines import round_header, round_line, setup_lines
 from fluvial.report.round_times import round_times
 from fluvial.report.site_plans import predicted_by_site
+from fluvial.report.site_tables import site_table
 from fluvial.report.tables import table
-from fluvial.runs.site_comparison import loss_of
 from fluvial.storage.run_files import JsonObject, setup_of
 
 CYCLES = 12
@@ -93,13 +93,14 @@ def _outcome(run: JsonObject, method: str) -> list[RenderableType]:
 
         return [Text(f"{state} Continue with --resume.", style="yellow")]
 
+    sites = site_table(run)
+    by_site: list[RenderableType] = [] if sites is None else [sites, Text()]
     return [
         Text(),
         result_table(with_compared(run), run["config"]),
         verdict_line(run),
         Text(),
-        _site_table(run),
-        Text(),
+        *by_site,
         _bytes_table(run["result"]),
         *run_tasks(run["result"]),
     ]
@@ -111,37 +112,6 @@ def _missing_table(missing: Sequence[JsonObject]) -> Table:
         for reply in missing
     ]
     return table(["round", "site", "task", "reason"], rows, "Missing replies", left=4)
-
-
-def _site_table(run: JsonObject) -> Table:
-    local = (run["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
-    rows = []
-    for site, row in run["result"]["heldout_by_site"].items():
-        base, final = (row.get(which) or {} for which in ("base", "final"))
-        before = loss_of(base)
-        after = loss_of(final)
-        change = None if before is None or after is None else after - before
-        losses = [figure(before), figure(after), figure(change, "+.4f")]
-        losses += [figure(loss_of((local.get(site) or {}).get("final")))] if local else []
-        rows.append(
-            [
-                safe_text(site),
-                *losses,
-                *(percent(measures.get("accuracy")) for measures in (base, final)),
-            ]
-        )
-
-    rows = rows or [["not measured", *["-"] * (6 if local else 5)]]
-    headings = [
-        "site",
-        "base loss",
-        "final loss",
-        "change",
-        *(["local only"] if local else []),
-        "base acc.",
-        "final acc.",
-    ]
-    return table(headings, rows, "Held-out, by site")
 
 
 def _bytes_table(result: JsonObject) -> Table:

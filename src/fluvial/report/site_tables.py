@@ -1,0 +1,51 @@
+"""Table of the held-out measures of each site: the base model, local training and the result."""
+
+from rich.table import Table
+
+from fluvial.formatting import figure, percent, safe_text
+from fluvial.report.tables import table
+from fluvial.runs.site_comparison import loss_of
+from fluvial.storage.run_files import JsonObject
+
+MOST = 20
+"""Sites of the table on a terminal, the first by name."""
+
+
+def site_table(run: JsonObject) -> Table | None:
+    """Return losses and, where answers were scored, exact match of each site of a finished run;
+    None for one site, whose measures are those of the run."""
+    rows = run["result"]["heldout_by_site"]
+    if len(rows) == 1:
+        return None
+
+    local = (run["compare"].get("local", {}).get("result") or {}).get("heldout_by_site", {})
+    models = {
+        "base": {site: row.get("base") or {} for site, row in rows.items()},
+        "local": {site: (local.get(site) or {}).get("final") or {} for site in rows},
+        "final": {site: row.get("final") or {} for site, row in rows.items()},
+    }
+    shown = [name for name in models if name != "local" or local]
+    scored = [name for name in shown if any("exact_match" in row for row in models[name].values())]
+    score, words = ("exact_match", "exact match") if scored else ("accuracy", "next-token acc.")
+
+    cells = [
+        [
+            safe_text(site),
+            *(figure(loss_of(models[name][site])) for name in shown),
+            *(percent(models[name][site].get(score)) for name in scored or shown),
+        ]
+        for site in list(rows)[:MOST]
+    ]
+    titles = {"final": "federated"} if run["result"].get("sends_updates") else {}
+    headings = [f"{titles.get(name, name)}\nloss" for name in shown]
+    headings += [f"{titles.get(name, name)}\n{words}" for name in scored or shown]
+    more = len(rows) - MOST
+    caption = (
+        f"{more} more sites: report.html, and heldout_by_site in result.json" if more > 0 else ""
+    )
+    return table(
+        ["site", *headings],
+        cells or [["not measured", *["-"] * len(headings)]],
+        "Held-out, by site",
+        caption=caption,
+    )
