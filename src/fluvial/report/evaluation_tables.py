@@ -183,5 +183,4 @@ def _group_tables(
 
 def _measures(title: str, columns: list[str], rows: list[list[str]], notes: list[str]) -> Table:
     """Return a table of measures with `notes` below it."""
-    cells = [[safe_text(cell) for cell in row] for row in rows]
-    return table(columns, cells, safe_text(title), caption="; ".join(notes))
+    return table(columns, rows, title, caption="; ".join(notes))

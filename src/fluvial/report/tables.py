@@ -7,6 +7,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from fluvial.formatting import safe_text
+
 
 def table(
     headings: Sequence[str],
@@ -16,17 +18,16 @@ def table(
     caption: str = "",
     whole: bool = False,
 ) -> Table:
-    """Return a table of texts without markup.
+    """Return a table of texts that are not read as markup and cannot drive a terminal.
 
     The first `left` columns are set to the left; the others hold numbers and are set to the right.
     With `whole`, only the first column is folded where the table is too wide.
     """
     table = Table(
-        title=title or None,
+        title=_plain(title, "bold") if title else None,
         title_justify="left",
-        title_style="bold",
         box=box.SIMPLE_HEAD,
-        caption=caption or None,
+        caption=_plain(caption, "table.caption") if caption else None,
         caption_justify="left",
         collapse_padding=True,
         pad_edge=False,
@@ -37,7 +38,7 @@ def table(
     for number, heading in enumerate(headings):
         justify: Literal["left", "right"] = "left" if number < left else "right"
         table.add_column(
-            heading,
+            _plain(heading),
             justify=justify,
             overflow="fold",
             min_width=0 if number else label,
@@ -45,5 +46,9 @@ def table(
         )
 
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*map(_plain, row))
     return table
+
+
+def _plain(text: str, style: str = "") -> Text:
+    return Text(safe_text(text), style)

@@ -58,7 +58,12 @@ class AnswerConfig:
     """File that questions and answers are written to, as JSON Lines."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for a metric that is unknown or needs a package that is missing."""
+        """Raise `ConfigError` for a metric that is unknown or needs a package that is missing, and
+        for a file whose content is no answers."""
+        if self.file is not None and self.file.is_file() and not _has_answers(self.file):
+            raise ConfigError(
+                f"--answers {self.file}: exists, and is no file of answers; {ANOTHER}"
+            )
         for metric in self.metrics:
             if metric not in METRICS:
                 raise ConfigError(f"--metrics {metric}: unknown; known are {', '.join(METRICS)}")
@@ -129,6 +134,16 @@ def _lines(
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     return "".join(lines)
+
+
+def _has_answers(file: Path) -> bool:
+    """Return whether a file is empty, or begins with a line of `_lines`."""
+    try:
+        with file.open("rb") as lines:
+            first = lines.readline()
+            return not first or {"references", "answers"} <= json.loads(first).keys()
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
 
 
 def _part(

@@ -289,6 +289,7 @@ def test_what_is_refused(tiny_model: Path, data: Path, tmp_path: Path) -> None:
         (["--data", text, "--generate"], "--generate: .* has no records with an answer"),
         (["--data", text, "--answers", "a.jsonl"], "--answers: .* has no records with an answer"),
         (["--data", data, "--answers", "gone/a.jsonl"], "--answers gone/a.jsonl: there is no fol"),
+        (["--data", data, "--answers", data], "exists, and is no file of answers; name another"),
         (["--data", data, "--metrics", "meteor"], "--metrics meteor: unknown; known are"),
         (["--data", data, "--site-field", "ward"], "--site-field 'ward': .* has the columns"),
         (["--tasks", "x", "--max-new-tokens", 3], "--max-new-tokens: without effect"),
