@@ -217,11 +217,11 @@ def evaluate(
         if kind == "adapter" or (kind == "tuned" and base):
             folder = Path(target).expanduser()
             weights = read_adapter_folder(folder)
-            run = own_reading(folder, weights.run, data, site)
+            run = own_reading(folder, weights.run, data, site, overrides or [])
             recorded = measured_as(run, weights.base, data)
         else:
             weights = None
-            recorded, run = run_settings(target, data, site)
+            recorded, run = run_settings(target, data, site, overrides or [])
 
         settings = evaluation_settings(recorded, data, overrides or [])
         answers = None

@@ -181,6 +181,8 @@ class DataConfig(Settings):
             reading = data.reading(own, None if name == data.source else name)
             table = reading.model_dump(exclude={"own"}, exclude_none=True)
             table["suffix"] = kind_of(name)
+            if any(own.chat_template for own in self.by_site.values()):
+                table["chat_template"] = data.chat_template
             if table not in found:
                 found.append(table)
         return found

@@ -36,22 +36,32 @@ EXAMPLES: dict[str, Any] = {
     "columns": {"completion": "answer"},
 }
 """Values of settings that an error about records may ask for."""
+TEMPLATE = "chat_template"
+"""Setting of [data] that conversations alone have."""
 AS_SITE = "as_site"
 """Key of the site, or of the sites, as whose records those to measure are read, in the same."""
 
 
 def run_settings(
-    name: str, records: Path | None, site: str | None = None
+    name: str,
+    records: Path | None,
+    site: str | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the tables that measure a model by itself, and what its folder tells about its run,
     see `own_reading`."""
     folder = Path(name).expanduser()
-    run = own_reading(folder, exported.read(folder) if folder.is_dir() else {}, records, site)
+    told = exported.read(folder) if folder.is_dir() else {}
+    run = own_reading(folder, told, records, site, overrides)
     return measured_as(run, name, records), run
 
 
 def own_reading(
-    folder: Path, run: dict[str, Any], records: Path | None, site: str | None
+    folder: Path,
+    run: dict[str, Any],
+    records: Path | None,
+    site: str | None,
+    overrides: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return what a folder tells about its `run`, with [data] as the run reads the file `records`.
 
@@ -67,7 +77,7 @@ def own_reading(
                 f"--site {site}: no run lies around {folder}, and a written folder names no sites; "
                 "remove it: the file is read as the run read files with its columns"
             )
-        return _alone(run, records)
+        return _alone(run, records, _changes(overrides).get("data", {}))
 
     data = toml.read(DataConfig, config["data"], str(folder))
     tables = {name: data.of_site(name) for name in sorted(data.by_site)}
@@ -98,9 +108,9 @@ def own_reading(
     return {**run, **own[0], AS_SITE: ", ".join(chosen)}
 
 
-def _alone(run: dict[str, Any], records: Path | None) -> dict[str, Any]:
+def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a folder without its run tells, with [data] in the only way of the run in which
-    `records` can be read.
+    `records` can be read; settings that are `given` take the place of the run's.
 
     Where the run had one source for all sites, the way of that source goes before those of its
     held-out and public records. Raises `ConfigError` for two ways.
@@ -114,25 +124,43 @@ def _alone(run: dict[str, Any], records: Path | None) -> dict[str, Any]:
         own = {key: value for key, value in reading.items() if key != "suffix"}
         data = {key: value for key, value in run["data"].items() if key not in READING}
         table = taken_over({**data, **own}, reading.get("suffix", ""), kind_of(records))
-        told = {"data": table, "suffix": kind_of(records)}
+        told = {"data": {**table, **given}, "suffix": kind_of(records)}
         if told not in ways.values():
             ways[number] = told
 
     fitting = [ways[number] for number in _that_fit(ways, records)]
     if not fitting:
         return run
+    if not CONVERSATIONS & _forms(fitting[0], records):  # which alone are read with a template
+        for way in fitting:
+            way["data"].pop(TEMPLATE, None)
+        fitting = [way for place, way in enumerate(fitting) if way not in fitting[:place]]
     if len(fitting) > 1 and not run.get("suffix"):
-        keys = [key for key in READING if len({str(way["data"].get(key)) for way in fitting}) > 1]
-        values = [" ".join(_as_set(key, way["data"].get(key)) for key in keys) for way in fitting]
+        keys = [
+            key
+            for key in (*READING, TEMPLATE)
+            if len({str(way["data"].get(key)) for way in fitting}) > 1
+        ]
+        values = [
+            " ".join(
+                _as_set(key, value)
+                for key in keys
+                if (value := way["data"].get(key)) is not None or key != TEMPLATE
+            )
+            for way in fitting
+        ]
         raise ConfigError(
             f"--data {records}: sites of the run read such a file in different ways; add "
-            f"{', or '.join(values)}"
+            f"{', or '.join(dict.fromkeys(filter(None, values)))}"
         )
     return {**run, **fitting[0]}
 
 
 def _as_set(key: str, value: Any) -> str:
-    """Return a setting of [data] as an option of the command."""
+    """Return a setting of [data] as an option of the command; the text of a template stands in a
+    file."""
+    if key == TEMPLATE and "{" in str(value):
+        value = "FILE"
     value = {"columns": {}, "encoding": UTF8, "delimiter": ","}.get(key) if value is None else value
     return f"--set {shlex.quote(f'data.{key}={toml_value(value)}')}"
 
@@ -162,13 +190,19 @@ def _all_but_encoding(told: Mapping[str, Any]) -> dict[str, Any]:
 def _fits(told: Mapping[str, Any], records: Path) -> bool:
     """Return whether the file `records` can be read by what is `told` about [data]."""
     try:
-        data = DataConfig.model_validate({**told["data"], "source": str(records)})
-        faults = Faults()
-        source = Source("--data", data.source, data.split, data.reading(), strict=False)
-        read_source(source, faults)
+        return bool(_forms(told, records))
     except (ConfigError, ValidationError):
         return False
-    return not faults.count
+
+
+def _forms(told: Mapping[str, Any], records: Path) -> set[str]:
+    """Return the forms of the records in a file; raises `ConfigError` where it has faults."""
+    data = DataConfig.model_validate({**told["data"], "source": str(records)})
+    faults = Faults()
+    source = Source("--data", data.source, data.split, data.reading(), strict=False)
+    found = read_source(source, faults)
+    faults.raise_any()
+    return set(found.forms)
 
 
 def _reads(data: DataConfig, records: Path | None) -> bool:
@@ -220,9 +254,7 @@ def evaluation_settings(
 
     Raises `ConfigError` for a setting without effect here.
     """
-    changes: dict[str, Any] = {}
-    for line in overrides:
-        changes = merge(changes, override(line))
+    changes = _changes(overrides)
     _refuse_idle(changes, records)
     if "name_or_path" in changes.get("model", {}):  # the revision is that of the base it replaces
         base = {key: value for key, value in table["model"].items() if key != "revision"}
@@ -238,6 +270,14 @@ def evaluation_settings(
     return with_chat_template(
         parse(merged, "--set" if overrides else "what the folder tells about its run")
     )
+
+
+def _changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings of all lines of --set in one table."""
+    changes: dict[str, Any] = {}
+    for line in overrides:
+        changes = merge(changes, override(line))
+    return changes
 
 
 def _refuse_idle(changes: dict[str, Any], records: Path | None) -> None:

@@ -255,7 +255,10 @@ def test_a_file_is_read_in_the_only_way_of_the_run_that_fits(
     if "add" in words:
         with pytest.raises(ConfigError, match=words) as error:
             own_reading(tmp_path, run, file, None)
-        assert "--set 'data.columns={ prompt = \"a\" }', or --set" in str(error.value)
+        remedy = 'data.columns={ prompt = "a" }'
+        assert f"--set '{remedy}', or --set" in str(error.value)
+        told = own_reading(tmp_path, run, file, None, [remedy])
+        assert told["data"]["columns"] == {"prompt": "a"}
         return
     data = own_reading(tmp_path, run, file, None)["data"]
     if words == "é":

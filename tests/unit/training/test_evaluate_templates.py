@@ -1,0 +1,47 @@
+"""Chat templates of sites, in a written folder that is measured away from its run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.data import DataConfig
+from fluvial.errors import ConfigError
+from fluvial.runs.evaluation import own_reading
+
+CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "templates", "words"),
+    [
+        ({"messages": CHAT}, ["plain", "chatml"], "add --set 'data.chat_template=\"plain\"', or"),
+        ({"messages": CHAT}, ["plain", "{{ x }}"], "or --set 'data.chat_template=\"FILE\"'"),
+        ({"messages": CHAT}, ["plain", "plain"], None),
+        ({"prompt": "a", "completion": "b"}, ["plain", None], None),
+    ],
+)
+def test_a_conversation_is_read_with_the_template_of_its_site(
+    record: dict[str, Any], templates: list[str | None], words: str | None, tmp_path: Path
+) -> None:
+    """Other records have no template, so that the templates of sites make no two ways of them."""
+    file = tmp_path / "new.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    sources = {"north": "n.jsonl", "south": "s.jsonl"}
+    by_site = {
+        name: {"source": source, **({"chat_template": template} if template else {})}
+        for (name, source), template in zip(sources.items(), templates, strict=True)
+    }
+    readings = DataConfig.model_validate({"by_site": by_site}).readings()
+    run = {"data": {"max_length": 32}, "suffix": "", "readings": readings}
+    if words is None:
+        found = own_reading(tmp_path, run, file, None)["data"].get("chat_template")
+        assert found == ("plain" if "messages" in record else None)
+        return
+
+    with pytest.raises(ConfigError) as error:
+        own_reading(tmp_path, run, file, None)
+    assert words in str(error.value)
+    given = own_reading(tmp_path, run, file, None, ['data.chat_template="plain"'])
+    assert given["data"]["chat_template"] == "plain"
