@@ -27,7 +27,8 @@ class LoraSettings(Settings):
     lora_dropout: float = Field(0.05, ge=0, le=0.99)
     """Share of the adapter's inputs that training sets to zero."""
     target_modules: Literal["all-linear", "attention"] | tuple[str, ...] = "all-linear"
-    """Names of linear modules, or "all-linear" for all without heads and routers. "attention" is
+    """Names of linear modules, or "all-linear" for all without heads and routers, and without those
+    of a few values that are smaller than the rank. "attention" is
     `q_proj`, `k_proj`, `v_proj`, `o_proj` where the model has all four, else PEFT's choice for its
     architecture, else "all-linear". In a multimodal model only text modules are adapted."""
     use_rslora: bool = False
@@ -65,6 +66,8 @@ def target_names(
         chosen = fit
     else:
         chosen = _attention(base, fit)
+    if not isinstance(given, tuple):
+        chosen = _without_tiny(chosen, lora.r, base.get_input_embeddings().weight.shape[1])
 
     if not chosen:
         raise ConfigError(
@@ -130,6 +133,9 @@ def text_modules(base: PreTrainedModel) -> set[int] | None:
     }
 
 
+_TINY = 16
+"""Times that a module of a few values fits into the width of its model, at least; ours. Keys and
+values of Llama 3 405B fit 16 times."""
 _ROUTER = re.compile(r"(^|\.)(\w+_)?(router|routers|gate|gating|gate_weight|expert_gate)(\.|$)")
 _EXPERTS = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "gate"}
 
@@ -196,6 +202,18 @@ def _attention(base: PreTrainedModel, fit: dict[str, nn.Linear]) -> dict[str, nn
     )
 
     return {name: fit[name] for name in names} or fit
+
+
+def _without_tiny(chosen: dict[str, nn.Linear], rank: int, width: int) -> dict[str, nn.Linear]:
+    """Return modules without those of a few values, such as Gemma 3n's coefficients, whose smaller
+    dimension is below the rank and far below the `width` of the model: a rank that they could have
+    would be too low for all others."""
+    smaller = {name: min(features(module)) for name, module in chosen.items()}
+    return {
+        name: module
+        for name, module in chosen.items()
+        if smaller[name] >= rank or _TINY * smaller[name] >= width
+    }
 
 
 def _matching(targets: Iterable[str], names: Iterable[str]) -> set[str]:

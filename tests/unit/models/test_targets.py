@@ -207,3 +207,12 @@ def test_what_peft_refuses_is_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         adapt(meta(kind, **settings), LoraSettings(r=2, target_modules=targets))
     assert "\n" not in str(error.value)
+
+
+def test_modules_of_a_few_values_are_adapted_where_they_hold_the_rank() -> None:
+    doge = meta("doge", **SMALL | {"hidden_size": 64})
+    narrow = "dt_proj"  # 2 values, one for each head of the keys
+    assert narrow not in target_names(doge, LoraSettings(r=8))
+    assert narrow in target_names(doge, LoraSettings(r=2))
+    with pytest.raises(ConfigError, match="lora.r=8 exceeds dimension 2 of 'dt_proj'"):
+        target_names(doge, LoraSettings(r=8, target_modules=(narrow,)))
