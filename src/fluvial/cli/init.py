@@ -2,8 +2,8 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -99,18 +99,23 @@ def init(
             )
 
     asks = not no_input and _on_terminal()
+    from fluvial.runs.proposal.columns import of_one_source, renamed_columns
     from fluvial.runs.proposal.given import read_given
     from fluvial.runs.proposal.heldout import fitted
-    from fluvial.runs.proposal.limits import LIMITS, limits_of, method_for, reads_public
+    from fluvial.runs.proposal.limits import LIMITS, Limit, limits_of, method_for, reads_public
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import facts_about, read_records
     from fluvial.runs.proposal.separate import named_sources, separate
     from fluvial.runs.proposal.sites import sites_by_source
 
-    renamed = _renamed(column or [])
-    of_all = {} if several else _for_all(renamed)
-    chosen_limits = None if limit is None else limits_of(limit)
+    renamed = renamed_columns(column or [])
+    of_all = {} if several else of_one_source(renamed)
+    chosen_limits: frozenset[Limit] | None = None
+    with faults.catch():
+        chosen_limits = None if limit is None else limits_of(limit)
+        if limit is not None or not asks:
+            _check_public(public, reads_public(chosen_limits or frozenset()))
 
     def decide(facts: "DataFacts") -> None:
         if not asks:
@@ -118,15 +123,21 @@ def init(
             if not renamed:
                 _with_answers(facts, divided, asks)
 
-    with spinner("reading the records"):
-        named = read_given(data or [], heldout or [], public)
-        if not asks or named.is_faulty or faults.count:
-            named.include_faults(renamed, decide, faults)
-    faults.raise_any()
-
+    @cache
     def looked_at_model(name: str) -> "ModelFacts":
         with spinner("looking at the model"):
             return look_at_model(name)
+
+    with spinner("reading the records"):
+        named = read_given(data or [], heldout or [], public)
+    unfit = None if model is None else _error_of(looked_at_model, model)
+    if unfit is not None:
+        faults.include(unfit)
+    if not asks or named.is_faulty or faults.count:
+        named.include_faults(renamed, decide, faults)
+    if unfit is not None and faults.count == 1:
+        raise unfit  # it may be of a kind of its own
+    faults.raise_any()
 
     def looked_at_data(name: str) -> "DataFacts":
         if data:
@@ -173,11 +184,7 @@ def init(
         if chosen_limits is None and asks
         else chosen_limits or frozenset()
     )
-    if public is not None and not reads_public(chosen):
-        raise ConfigError(
-            "--public: without effect on the method of these limits; remove it, or add --limit "
-            "slow-links"
-        )
+    _check_public(public, reads_public(chosen))
     if "slow-links" in chosen and uplink is None and asks:
         uplink = _answer("Slowest uplink in Mbit/s", None, "--uplink", asks, _mbps, "2")
 
@@ -207,6 +214,15 @@ def init(
 def _on_terminal() -> bool:
     """Return whether there is a person who can answer."""
     return sys.stdin.isatty() and err.is_terminal
+
+
+def _error_of(look: Callable[[str], object], name: str) -> ConfigError | None:
+    """Return the error that a look at `name` ends with, None without one."""
+    try:
+        look(name)
+    except ConfigError as error:
+        return error
+    return None
 
 
 def _answer(
@@ -314,33 +330,6 @@ def _with_answers(records: "DataFacts", sites: "Sites", asks: bool) -> "DataFact
     return _answer(question, None, "--column", asks, read, "none")
 
 
-def _renamed(pairs: list[str]) -> dict[str, dict[str, str]]:
-    """Return the columns to rename, by site: our field = the file's column; those of all sites are
-    under "". Raises `ConfigError`."""
-    from fluvial.data.forms import FIELDS
-
-    renamed: dict[str, dict[str, str]] = {}
-    for pair in pairs:
-        place, mark, name = pair.partition("=")
-        site, _, field = place.rpartition(":")
-        if not mark or not name or field not in FIELDS:
-            raise ConfigError(
-                f"--column {pair!r:.60}: write FIELD=YOUR_COLUMN, where FIELD is "
-                f"{', '.join(FIELDS)}"
-            )
-        renamed.setdefault(site, {})[field] = name
-    return renamed
-
-
-def _for_all(renamed: Mapping[str, dict[str, str]]) -> dict[str, str]:
-    """Return the columns of the only source; raises `ConfigError` for those of a site."""
-    for site in renamed.keys() - {""}:
-        raise ConfigError(
-            f"--column {site}:...: a site before the field is for several --data; write FIELD=..."
-        )
-    return renamed.get("", {})
-
-
 def _columns(source: str, names: Sequence[str]) -> dict[str, str]:
     """Return the columns of question and answer, or of a text, as the user answers."""
     from fluvial.runs.proposal.columns import names_shown
@@ -350,6 +339,15 @@ def _columns(source: str, names: Sequence[str]) -> dict[str, str]:
     question = "Column with the answer, or Enter where there is none"
     answer = typer.prompt(question, default="", show_default=False, err=True)
     return {"prompt": first, "completion": answer} if answer else {"text": first}
+
+
+def _check_public(public: str | None, reads_public: bool) -> None:
+    """Raise `ConfigError` for public text that the method of the limits does not read."""
+    if public is not None and not reads_public:
+        raise ConfigError(
+            "--public: without effect on the method of these limits; remove it, or add --limit "
+            "slow-links"
+        )
 
 
 def _mbps(words: str) -> float:

@@ -68,7 +68,8 @@ def test_faults_of_several_files_of_several_kinds() -> None:
 def test_faults_of_one_source_beside_held_out_and_public_ones() -> None:
     """Sites and answers are decided where all lines can be read."""
     data = written([*answers(4), {"hospital": "north", "question": "Who?"}])
-    lines = lines_of("--data", data, "--heldout", "no.jsonl", "--public", "no.txt")
+    apart = ("--heldout", "no.jsonl", "--public", "no.txt", "--limit", "slow-links")
+    lines = lines_of("--data", data, *apart)
     assert fits(
         lines[1:],
         "records.jsonl, line 13: field 'completion' (column 'answer') is missing",
@@ -84,6 +85,30 @@ def test_faults_of_one_source_beside_held_out_and_public_ones() -> None:
         lines[1:],
         "records.jsonl, line 13: field 'completion' (column 'answer') is missing",
         "records.jsonl, line 14 holds a list",
+    )
+
+
+def test_a_model_and_limits_that_are_wrong_are_told_beside_the_records() -> None:
+    """Options and model are looked at before anything is raised, also where the records are
+    good."""
+    data = written([*answers(4), {"hospital": "north", "question": "Who?"}])
+    wrong = ("--model", "nowhere/", "--limit", "slow", "--data", data)
+    with pytest.raises(ConfigError) as caught:
+        run_init("--yes", *wrong)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "3 faults in the data:"
+    assert fits(
+        lines[1:],
+        "--limit 'slow': choose among",
+        "records.jsonl, line 13: field 'completion' (column 'answer') is missing",
+        "model.name_or_path='nowhere/' is no folder here",
+    )
+    good = written(answers(4), "good.jsonl")
+    public = ("--public", "good.jsonl", "--site-column", "town")
+    assert fits(
+        lines_of("--data", good, *public)[1:],
+        "--public: without effect on the method of these limits",
+        "--site-column 'town': ",
     )
 
 

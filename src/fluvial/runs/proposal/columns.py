@@ -8,6 +8,7 @@ from typing import Any
 
 from fluvial.data.forms import (
     CONVERSATIONS,
+    FIELDS,
     FORMS,
     REQUIRED_FIELDS,
     Form,
@@ -252,3 +253,28 @@ def _rank(column: str) -> int:
 
 def _words(column: str) -> list[str]:
     return re.split(r"[\W_]+", column.casefold())
+
+
+def renamed_columns(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Return the columns to rename, by site: our field = the file's column; those of all sites are
+    under "". Raises `ConfigError`."""
+    renamed: dict[str, dict[str, str]] = {}
+    for pair in pairs:
+        place, mark, name = pair.partition("=")
+        site, _, field = place.rpartition(":")
+        if not mark or not name or field not in FIELDS:
+            raise ConfigError(
+                f"--column {pair!r:.60}: write FIELD=YOUR_COLUMN, where FIELD is "
+                f"{', '.join(FIELDS)}"
+            )
+        renamed.setdefault(site, {})[field] = name
+    return renamed
+
+
+def of_one_source(renamed: Mapping[str, dict[str, str]]) -> dict[str, str]:
+    """Return the columns of the only source; raises `ConfigError` for those of a site."""
+    for site in renamed.keys() - {""}:
+        raise ConfigError(
+            f"--column {site}:...: a site before the field is for several --data; write FIELD=..."
+        )
+    return renamed.get("", {})

@@ -49,7 +49,7 @@ class Given:
                     decide(parts[ALL])
 
         apart = fitted_parts(self.heldout, parts, self.faults)
-        if self.is_faulty:
+        if self.is_faulty or faults.count:
             for facts in (*parts.values(), *(each.facts for each in apart.values())):
                 facts.include_faults(self.faults[facts.source])
 
