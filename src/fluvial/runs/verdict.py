@@ -1,5 +1,6 @@
 """The verdict on a run: its held-out measures, site by site, against those of its baselines."""
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -131,7 +132,8 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON types, its line included."""
-        return {**asdict(self), "helped": self.helped, "against": self.against, "line": self.line()}
+        values = json.loads(json.dumps(asdict(self)))  # a list for each tuple
+        return {**values, "helped": self.helped, "against": self.against, "line": self.line()}
 
     def _conclusion(self) -> str:
         """Return whether the run helped, and how far it is from the uncompressed run."""

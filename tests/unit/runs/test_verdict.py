@@ -58,6 +58,7 @@ def test_a_run_that_helped_at_most_sites() -> None:
         "No lower loss than local training at 'd'.",
     ]
     assert verdict.to_json()["line"] == verdict.line() == " ".join(verdict.sentences())
+    assert json.loads(json.dumps(verdict.to_json())) == verdict.to_json()
     clear = judge(ours, {"local": made([3.00, 3.02, 3.01, 3.03])})
     assert clear.helped == "yes"
     assert clear.line().startswith("Helped against local training. Loss against local training: ")
