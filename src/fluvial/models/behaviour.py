@@ -36,7 +36,7 @@ def check_behaviour(model: nn.Module, name: str) -> None:
             f"{where}: the model cannot read a line of text: {first_line(error)}"
         ) from error
 
-    cached = _plain_logits(model, tokens)
+    cached = cached_logits(model, tokens)
     if not torch.equal(state, _random_state(device)):
         raise ConfigError(
             f"{where}: {type(model).__name__} draws random numbers in a forward pass, so that no "
@@ -114,14 +114,7 @@ def packed(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> dict[st
     return {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
 
 
-def _unpackable(model: nn.Module, name: str, why: str) -> str:
-    return (
-        f"data.packing: {type(model).__name__} ({name}) {why}, so its records cannot share a "
-        "sequence; remove it"
-    )
-
-
-def _plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
+def cached_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
     """Return the logits of a call with the model's own cache, None where it cannot make one."""
     try:
         logits: Tensor = model(input_ids=tokens).logits
@@ -129,6 +122,20 @@ def _plain_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor | None:
         return None
 
     return logits
+
+
+def makes_cache(model: nn.Module) -> bool:
+    """Return False for a model whose cache transformers cannot make, such as one whose layers all
+    are convolutions: each step then reads the whole text again."""
+    token = torch.tensor([_tokens(model)[:1]], device=next(model.parameters()).device)
+    return cached_logits(model, token) is not None
+
+
+def _unpackable(model: nn.Module, name: str, why: str) -> str:
+    return (
+        f"data.packing: {type(model).__name__} ({name}) {why}, so its records cannot share a "
+        "sequence; remove it"
+    )
 
 
 def _logits(model: PreTrainedModel, tokens: Tensor, padding: int = 0) -> Tensor:

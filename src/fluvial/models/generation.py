@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fluvial.models.behaviour import makes_cache
 from fluvial.models.encoding import Encoder, Prompt
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -127,7 +128,8 @@ def _stepwise(
     width: int,
     room: int,
 ) -> list[list[int]]:
-    """Return what `_recomputed` does, by steps with keys and values; padding is on the left."""
+    """Return what `_recomputed` does, by steps with keys and values where the model has a cache of
+    them; padding is on the left."""
     device = next(model.parameters()).device
     padding = [width - len(row) for row in rows]
     tokens = [
@@ -141,6 +143,7 @@ def _stepwise(
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        use_cache=makes_cache(model),
     )
     return [_ended(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
 

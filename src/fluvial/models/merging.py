@@ -133,7 +133,7 @@ def _probe(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: Any, probe: Tensor) -> Tensor:
-    logits: Tensor = model(input_ids=probe).logits
+    logits: Tensor = model(input_ids=probe, use_cache=False).logits
     return logits.double()
 
 

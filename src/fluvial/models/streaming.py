@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluvial.models.behaviour import makes_cache
 from fluvial.models.generation import room_after
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -78,6 +79,7 @@ def stream(
                     pad_token_id=tokenizer.pad_token_id,
                     eos_token_id=tokenizer.eos_token_id,
                     streamer=streamer,
+                    use_cache=makes_cache(model),
                     **options,
                 )
         except BaseException as error:

@@ -118,6 +118,6 @@ def has_effect(pool: ModelPool, adapter: Named, input_ids: Sequence[int]) -> boo
     with torch.no_grad():
         for state in (pool.base_state(), adapter):
             with pool.model(state) as model:
-                logits.append(model(input_ids=tokens).logits)
+                logits.append(model(input_ids=tokens, use_cache=False).logits)
 
     return not torch.equal(*logits)
