@@ -124,7 +124,8 @@ def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) 
         own = {key: value for key, value in reading.items() if key != "suffix"}
         data = {key: value for key, value in run["data"].items() if key not in READING}
         table = taken_over({**data, **own}, reading.get("suffix", ""), kind_of(records))
-        told = {"data": {**table, **given}, "suffix": kind_of(records)}
+        whole = {"encoding": UTF8, "delimiter": None, **_as_text(table, records), **given}
+        told = {"data": whole, "suffix": kind_of(records)}
         if told not in ways.values():
             ways[number] = told
 
@@ -154,6 +155,13 @@ def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) 
             f"{', or '.join(dict.fromkeys(filter(None, values)))}"
         )
     return {**run, **fitting[0]}
+
+
+def _as_text(table: dict[str, Any], records: Path | None) -> dict[str, Any]:
+    """Return [data] without what a file of plain text cannot have, where `records` is one."""
+    if records is None or kind_of(records) != ".txt":
+        return table
+    return {**table, "form": "auto", "columns": {}, "delimiter": None}
 
 
 def _as_set(key: str, value: Any) -> str:
@@ -220,7 +228,7 @@ def _reading(data: DataConfig, records: Path | None) -> dict[str, Any]:
     if records is not None and records.suffix.lower() not in DELIMITED:
         table["delimiter"] = None
 
-    told = exported.settings_of({"data": table})
+    told = exported.settings_of({"data": _as_text(table, records)})
     return {"data": told["data"], "suffix": told["suffix"]}
 
 

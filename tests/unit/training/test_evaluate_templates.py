@@ -1,4 +1,4 @@
-"""Chat templates of sites, in a written folder that is measured away from its run."""
+"""What holds for some records alone, in a written folder that is measured away from its run."""
 
 import json
 from pathlib import Path
@@ -45,3 +45,18 @@ def test_a_conversation_is_read_with_the_template_of_its_site(
     assert words in str(error.value)
     given = own_reading(tmp_path, run, file, None, ['data.chat_template="plain"'])
     assert given["data"]["chat_template"] == "plain"
+
+
+def test_plain_text_has_no_columns_so_that_sites_read_it_in_one_way(tmp_path: Path) -> None:
+    file = tmp_path / "new.txt"
+    file.write_text("The river carries water.\n")
+    sites = {name: {"source": f"{name}.jsonl"} for name in ("north", "south")}
+    by_site = {name: {**site, "columns": {"completion": name}} for name, site in sites.items()}
+    data = DataConfig.model_validate({"by_site": {**by_site, "west": {"source": "w.txt"}}})
+    run = {"data": {"max_length": 32}, "suffix": "", "readings": data.readings()}
+    assert own_reading(tmp_path, run, file, None)["data"]["columns"] == {}
+
+    config = {"fluvial": "0", "data": data.model_dump(mode="json")}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "adapter").mkdir()
+    assert not own_reading(tmp_path / "adapter", {}, file, None)["data"].get("columns")
