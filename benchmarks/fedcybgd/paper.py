@@ -49,7 +49,7 @@ def _cyclic(name: str, order: str, download: Table | None = None) -> Contender:
 
 PROXIES = (
     _cyclic(PAPER, "ascending", {"form": "proxy", "kept": 0.75}),
-    _cyclic("ascending, proxy 0.9", "ascending", {"form": "proxy", "kept": 0.9}),
+    _cyclic("ascending, proxy 0.9", "ascending", {"form": "proxy", "kept": 0.9, "drop": 0.1}),
 )
 SHORT = (
     contender(REFERENCE),

@@ -38,6 +38,8 @@ EXAMPLES: dict[str, Any] = {
 """Values of settings that an error about records may ask for."""
 TEMPLATE = "chat_template"
 """Setting of [data] that conversations alone have."""
+TXT = ".txt"
+"""Suffix of files of plain text, which have neither columns nor form."""
 AS_SITE = "as_site"
 """Key of the site, or of the sites, as whose records those to measure are read, in the same."""
 
@@ -124,7 +126,9 @@ def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) 
         own = {key: value for key, value in reading.items() if key != "suffix"}
         data = {key: value for key, value in run["data"].items() if key not in READING}
         table = taken_over({**data, **own}, reading.get("suffix", ""), kind_of(records))
-        whole = {"encoding": UTF8, "delimiter": None, **_as_text(table, records), **given}
+        if kind_of(records) == TXT:
+            table = _as_text(table)
+        whole = {"encoding": UTF8, "delimiter": None, **table, **given}
         told = {"data": whole, "suffix": kind_of(records)}
         if told not in ways.values():
             ways[number] = told
@@ -157,10 +161,8 @@ def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) 
     return {**run, **fitting[0]}
 
 
-def _as_text(table: dict[str, Any], records: Path | None) -> dict[str, Any]:
-    """Return [data] without what a file of plain text cannot have, where `records` is one."""
-    if records is None or kind_of(records) != ".txt":
-        return table
+def _as_text(table: dict[str, Any]) -> dict[str, Any]:
+    """Return [data] without what a file of plain text cannot have."""
     return {**table, "form": "auto", "columns": {}, "delimiter": None}
 
 
@@ -228,7 +230,10 @@ def _reading(data: DataConfig, records: Path | None) -> dict[str, Any]:
     if records is not None and records.suffix.lower() not in DELIMITED:
         table["delimiter"] = None
 
-    told = exported.settings_of({"data": _as_text(table, records)})
+    told = exported.settings_of({"data": table})
+    if records is not None and kind_of(records) == TXT:
+        text = taken_over(told["data"], told["suffix"], TXT)
+        return {"data": _as_text({"encoding": UTF8} | text), "suffix": TXT}
     return {"data": told["data"], "suffix": told["suffix"]}
 
 
