@@ -11,6 +11,8 @@ from datetime import datetime
 from functools import cache
 from pathlib import Path
 
+from jinja2 import Environment, TemplateSyntaxError
+
 from fluvial.data.config import DataConfig
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
@@ -101,6 +103,8 @@ NAMED: dict[str, tuple[str, str]] = {
     ),
 }
 """Source and Jinja text of each named template."""
+_JINJA = Environment(extensions=["jinja2.ext.loopcontrols"])
+_GENERATION = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
 TODAY = datetime(2024, 7, 26)
 """Date in every chat template, so that tokens do not depend on the day of the run."""
 
@@ -114,12 +118,24 @@ def template_of(chosen: str) -> str:
     if chosen in NAMED:
         return NAMED[chosen][1]
     if "{" in chosen:
+        _check_syntax(chosen)
         return chosen
 
     raise ConfigError(
         f"data.chat_template = {shown(chosen)}: neither a file that the configuration can read nor "
         f"a known template; choose one of {', '.join(NAMED)}, or name a file with a Jinja template"
     )
+
+
+def _check_syntax(text: str) -> None:
+    """Raise `ConfigError` for a text that is no Jinja template."""
+    try:
+        # transformers adds a tag of its own, around what the assistant says.
+        _JINJA.parse(_GENERATION.sub("", text))
+    except TemplateSyntaxError as error:
+        raise ConfigError(
+            f"data.chat_template: line {error.lineno} of the template is no Jinja: {error.message}"
+        ) from error
 
 
 def inlined_template(chosen: str, folder: Path) -> str:

@@ -293,6 +293,10 @@ def test_settings_that_cannot_be_are_refused(settings: dict[str, Any], message: 
             r"'prompt'",
         ),
         (
+            {"chat_template": "{% for m in messages %}\n{{ m.role "},
+            "data.chat_template: line 2 of the template is no Jinja",
+        ),
+        (
             {"chat_template": "nosuch"},
             "data.chat_template = 'nosuch': neither a file .* choose one of chatml",
         ),
@@ -648,7 +652,7 @@ def test_a_template_with_bos_gets_no_second_one(kind: Any) -> None:
             r"leaves out or changes turn 2 \(role assistant\)",
         ),
         ("{{ messages + 1 }}", TURNS, "record 1: the chat template refuses the conversation"),
-        ("{% for m in messages %}", TURNS, "record 1: the chat template refuses the conversation"),
+        ("{% for m in messages %}", TURNS, r"data.chat_template: line 1 .* is no Jinja"),
     ],
 )
 def test_what_a_template_cannot_show_is_refused(template: str, messages: Any, message: str) -> None:
