@@ -55,6 +55,8 @@ class Bytes:
             return f"not predicted: {self.unknown}"
         if self.least == self.most:
             return f"{self.most:,} B"
+        if 4 * self.least < self.most:
+            return f"at most {self.most:,} B"
         return f"{self.least:,} to {self.most:,} B"
 
 
@@ -77,15 +79,20 @@ def unknown(why: str) -> Bytes:
 
 
 def coded_frame(settings: CodecSettings, layout: Layout) -> Bytes:
-    """Return the bytes of a coded update of `layout`: exact, or within `CODED`."""
+    """Return the bytes of a coded update of `layout`: exact, within `CODED`, or anything up to the
+    budget where a typical update leaves some of it, since others then have other lengths."""
     if isinstance(settings, AutoSettings):
         return unknown("codec 'auto' is chosen by measurement when the run starts")
     if settings.snr_driven:
         return unknown("the rate of each round follows the errors that sites report")
 
     size = frame_size(settings, layout)
-    if CODECS[settings.name].exact:
+    kind = CODECS[settings.name]
+    if kind.exact:
         return exactly(size)
+    most = kind.frame_size(settings, layout)
+    if size < (1 - CODED) * most:
+        return Bytes(0, most)
     return Bytes(int(size * (1 - CODED)), int(size * (1 + CODED)) + 1)
 
 
