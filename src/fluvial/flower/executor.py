@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
@@ -50,7 +49,7 @@ POLL_S = 0.1
 
 
 def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> None:
-    """Take and answer tasks until the process `parent` (the SuperNode) has ended."""
+    """Take and answer tasks until the process `parent`, which started this one, has ended."""
     import peft  # noqa: F401 - every task needs these imports, which happen once
     import torch
     import transformers  # noqa: F401
@@ -62,7 +61,7 @@ def serve(runtime_api: str, site: SiteFile, *, parent: int | None = None) -> Non
     # Ctrl-C reaches the whole group of processes; the site's process ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-    while parent is None or os.getppid() == parent or Path(f"/proc/{parent}").exists():
+    while parent is None or os.getppid() == parent:
         try:
             token = tasks.next()
         except Exception as error:

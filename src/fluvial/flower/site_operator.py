@@ -22,6 +22,7 @@ from typing import Any
 from fluvial.data.site_names import check_plain
 from fluvial.errors import ConfigError
 from fluvial.flower import OUT_OF_STEP, certificates, channel_keys
+from fluvial.flower.guard import GRACE_S, alive, guarded
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_process.site_file import SiteFile, read_site_file
 from fluvial.storage.files import make_folder, private, sweep
@@ -111,17 +112,42 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
 def _alone(folder: Path, site: SiteFile) -> Iterator[None]:
     """Hold the lock of a site's folder; raise `ConfigError` if another process holds it.
 
-    Forks hold the lock too, so all processes of a killed site have ended when it is free.
+    The file of the lock holds the numbers of the site's processes. Forks hold the lock too, so all
+    processes of a killed site have ended when it is free.
     """
-    with (folder / ".lock").open("w") as lock:
+    with (folder / ".lock").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            lock.seek(0)
             raise ConfigError(
-                f"a process of site {site.name!r} is running already in {folder}; end it first"
+                f"a process of site {site.name!r} is running already in {folder}"
+                f"{_how_to_end(lock.read())}"
             ) from None
 
+        _note_processes(folder, os.getpid())
         yield
+
+
+def _note_processes(folder: Path, *processes: int) -> None:
+    """Write the numbers of a site's processes into the file of its lock, first its own."""
+    (folder / ".lock").write_text(" ".join(str(process) for process in processes))
+
+
+def _how_to_end(noted: str) -> str:
+    """Return the end of a message about a site that runs: its processes, and how to end them."""
+    first, *others = [int(word) for word in noted.split() if word.isdigit()] or [0]
+    if first and alive(first):
+        return f": process {first}; end it with `kill {first}`"
+
+    if not first:
+        return "; end it first"
+
+    left = " ".join(str(process) for process in others if alive(process))
+    return (
+        f": process {first} has ended, and what it started ends within {GRACE_S:g} s; start the "
+        f"site again then{left and f', or end the rest with `kill -9 {left}`'}"
+    )
 
 
 def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> int:
@@ -153,17 +179,27 @@ def _run_site(folder: Path, site: SiteFile, *, warm: bool, port: int | None) -> 
             str(site.key),
         ]
 
+    own = os.getpid()
     node = subprocess.Popen(command, env=environment(folder))
     worker = None
     if serve:
         worker = os.fork()
         if worker == 0:
             os.environ.update(environment(folder))
-            serve(f"127.0.0.1:{port}", site, parent=node.pid)
+            serve(f"127.0.0.1:{port}", site, parent=own)
             os._exit(0)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: node.terminate())
+
+    children = (node.pid, worker) if worker else (node.pid,)
+    _note_processes(folder, own, *children)
+    with guarded(*children):
+        return _wait(node, worker)
+
+
+def _wait(node: "subprocess.Popen[bytes]", worker: int | None) -> int:
+    """Wait until a process of the site ends, end the other, and return the exit code."""
     while (code := node.poll()) is None:
         if worker and (ended := os.waitpid(worker, os.WNOHANG))[0]:
             node.terminate()
