@@ -3,6 +3,8 @@ about them."""
 
 import email.utils
 import fcntl
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,20 @@ def test_flowers_programs_open_no_other_connection_and_keep_few_arenas(
     assert found["MALLOC_ARENA_MAX"] == "2"
     monkeypatch.setenv("MALLOC_ARENA_MAX", "8")  # whoever knows better
     assert programs.environment(tmp_path)["MALLOC_ARENA_MAX"] == "8"
+
+
+def test_flowers_programs_print_each_line_at_once_to_a_pipe(tmp_path: Path) -> None:
+    printing = "import time; print('a line of the log'); time.sleep(20)"
+    with subprocess.Popen(
+        [sys.executable, "-c", printing],
+        env=programs.environment(tmp_path),
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "a line of the log\n"
+        assert process.poll() is None, "the program has not ended yet"
+        process.kill()
 
 
 @pytest.mark.parametrize(

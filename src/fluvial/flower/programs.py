@@ -11,8 +11,10 @@ from fluvial.flower import QUIET
 _SETTINGS = QUIET | {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+    "PYTHONUNBUFFERED": "1",
 }
-"""Environment of Flower's programs, in which a run also installs no packages."""
+"""Environment of Flower's programs, in which a run also installs no packages, and each line is
+printed at once, to a pipe or a file too."""
 _MEMORY = {"MALLOC_ARENA_MAX": "2"}
 """Default for glibc, whose arena of each thread otherwise keeps the memory of a large message."""
 
