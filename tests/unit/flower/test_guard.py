@@ -51,8 +51,8 @@ def site(folder: Path, tmp_path: Path) -> Iterator["subprocess.Popen[bytes]"]:
         until(lambda: len(numbers(folder)) == 3)
         yield process
         process.kill()
-        for number in numbers(folder)[1:]:
-            until(lambda number=number: not alive(number))
+        others = numbers(folder)[1:]
+        until(lambda: not any(alive(number) for number in others))
 
 
 def numbers(folder: Path) -> list[int]:
