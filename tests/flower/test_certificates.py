@@ -254,3 +254,14 @@ def test_a_site_runs_once(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="a process of site 'north' is running already"):
             site_operator.site_start(tmp_path / "north")
+
+
+def test_a_new_sites_file_says_when_edits_hold_and_that_baselines_are_methods(
+    tmp_path: Path,
+) -> None:
+    site_operator.site_init(tmp_path, name="north", server="127.0.0.1:9", ca=None, insecure=True)
+    text = (tmp_path / "site.toml").read_text()
+    assert "Changes take effect when the site is started again" in text.splitlines()[0]
+    methods = next(line for line in text.splitlines() if line.startswith("# methods = "))
+    assert '"local"' in methods
+    assert "baselines" in methods

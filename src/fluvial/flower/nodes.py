@@ -183,5 +183,6 @@ class Nodes:
         name = self._registered().get(node)
         who = f"node {node}" if name is None else f"site {name!r}"
         if self._refused.get(node, ("",))[0] != reason:
-            logger.warning("%s does not take part: %s", who, reason)
+            again = "" if for_good else f"; it is asked again every {_AGAIN_S:g} s"
+            logger.warning("%s does not take part: %s%s", who, reason, again)
         self._refused[node] = reason, float("inf") if for_good else time.monotonic() + _AGAIN_S

@@ -61,7 +61,8 @@ def site_init(
 
     check_plain(name, "--name")
     make_folder(folder)
-    lines = [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
+    lines = ["# Changes take effect when the site is started again: fluvial site start FOLDER"]
+    lines += [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
 
     if ca is not None:
         shutil.copy(ca, folder / "ca.crt")
@@ -80,7 +81,7 @@ def site_init(
         '# delimiter = ";"                  # between the columns of CSV files',
         '# columns = { prompt = "question", completion = "answer" } # our field = your column',
         "# [allow]                          # runs that this site takes part in; empty allows all",
-        '# methods = ["fedavg", "cgfedllm"]',
+        '# methods = ["fedavg", "local"]   # with the baselines that runs compare with',
         '# tensors = ["*.lora_*"]',
         '# run_paths = ["/data/shared/*"]  # paths that a run may name here; without it, none',
         "# max_bytes_up_per_round = 20_000_000",

@@ -195,14 +195,13 @@ class SiteProcess:
     def _check_allowed(self, config: RunConfig, folder: Path) -> None:
         """Raise `RefusalError` or `PrivacyError` unless the site's file allows the run."""
         allowed = self.site.allow
-        for setting, value, values in (
-            ("method.name", config.method.name, allowed.methods),
-            ("model.name_or_path", config.model.name_or_path, allowed.models),
-        ):
-            if values and value not in values:
-                raise RefusalError(
-                    f"site {self.site.name!r} takes no part in runs with this {setting}"
-                )
+        name = config.method.name
+        if allowed.methods and name not in allowed.methods:
+            why = f"allow.methods leaves out {name!r}; the baselines of compare are methods too"
+            raise self._no_part("method.name", why)
+
+        if allowed.models and config.model.name_or_path not in allowed.models:
+            raise self._no_part("model.name_or_path", "allow.models leaves it out")
 
         if allowed.max_epsilon is not None:
             check_budget(
@@ -213,6 +212,13 @@ class SiteProcess:
             )
             ledger = Journal(folder, self._name(config)).store.private(self._name(config))
             check_same_promise(config, read_config(folder), ledger)
+
+    def _no_part(self, setting: str, why: str) -> RefusalError:
+        """Return the refusal of a run for a setting, with what the site's operator can do."""
+        return RefusalError(
+            f"site {self.site.name!r} takes no part in runs with this {setting}: {why}; its "
+            "operator can change site.toml and then start the site again"
+        )
 
     def _config(self, run: str) -> RunConfig | None:
         """Return the configuration of `run` as it holds at this site, None before it has joined.

@@ -18,7 +18,7 @@ class Allowed(Settings):
     """
 
     methods: tuple[str, ...] = ()
-    """Allowed values of method.name."""
+    """Allowed values of method.name, and the baselines of `compare`, which are methods too."""
     models: tuple[str, ...] = ()
     """Allowed values of model.name_or_path."""
     tensors: tuple[str, ...] = ()
