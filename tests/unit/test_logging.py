@@ -39,6 +39,7 @@ def test_a_module_logs_by_its_name() -> None:
         ("cli/comparison_run.py", "'bitsandbytes'"),
         ("training/harness_model.py", "'lm_eval'"),
         ("flower/server.py", "'httpx'"),
+        ("flower/server.py", "'flwr'"),  # its tracebacks of errors of ours
         ("flower/simulate.py", "name"),  # of flwr and ray, whose levels are raised
     }
     assert len(list(calls("getLogger"))) > 10

@@ -16,7 +16,7 @@ from flwr.superlink.grid import http_grid
 from rich.text import Text
 
 from fluvial.data import IGNORE_INDEX, Example, SiteData, SiteTexts
-from fluvial.errors import ConfigError
+from fluvial.errors import ConfigError, FluvialError
 from fluvial.federation.fleet import Fleet
 from fluvial.flower import names
 from fluvial.flower.inbox import pull_complete
@@ -40,9 +40,7 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the configuration that was submitted, in the folder that the server's operator chose."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # httpx would log every request of Flower's, and each line would be sent by a request.
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    begin_log()
     _end_with_parent()
     vars(http_grid)["pull_objects"] = pull_complete
     given = context.run_config
@@ -58,6 +56,10 @@ def main(grid: Grid, context: Context) -> None:
         }
 
     def assemble(each: RunConfig, _: object, pool: ModelPool, texts: Any) -> Fleet:
+        if config.compare and not each.compare:
+            logger.info(
+                "sites are asked to take part in %r, a baseline of compare", each.method.name
+            )
         return flower_fleet(
             grid,
             each,
@@ -85,6 +87,40 @@ def main(grid: Grid, context: Context) -> None:
                     logger.info("%s", _plain(line))
             else:
                 logger.info("%s: %s", event.method, event.values["verdict"]["line"])
+
+
+def begin_log() -> None:
+    """Log what this process says, each line once, and an error of ours as one line."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # httpx would log every request of Flower's, and each line would be sent by a request.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    flower = logging.getLogger("flwr")
+    flower.propagate = False  # it has a handler of its own
+    flower.addFilter(ErrorInOneLine())
+
+
+class ErrorInOneLine(logging.Filter):
+    """Filter of Flower's log, which has a traceback of every error that ends a run.
+
+    An error of Fluvial's tree says what is wrong, so its message alone remains, and what Flower
+    adds about its own exit code goes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return False for a line that is left out, and shorten that of an error of ours."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, FluvialError):
+            record.msg = "%s: %s"
+            record.args = (type(error).__name__, error)
+            record.exc_info = None
+            self._told = True
+            return True
+
+        return not (self._told and record.getMessage().startswith("Exit Code:"))
 
 
 def _end_with_parent() -> None:
