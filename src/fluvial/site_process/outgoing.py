@@ -22,10 +22,16 @@ class OutgoingLog:
         self._position = 0
         """Bytes of the log that were counted."""
         self._bytes: dict[tuple[str | None, int | None], int] = {}
-        """Bytes that left the site, by run and round."""
+        """Bytes that left the site, by run and round; an answer that is sent again counts once."""
+        self._answers: set[tuple[str | None, int | None, str]] = set()
+        """Digests of these answers, with run and round."""
 
-    def bytes_of_round(self, header: Header) -> int:
-        """Return the bytes that left the site so far in the run and round of `header`."""
+    def bytes_of_round(self, header: Header, answer: bytes) -> int:
+        """Return the bytes that have left the site in the run and round of `header` once `answer`
+        has.
+
+        After a stop or a lost message a server asks again, and the same bytes tell nothing new.
+        """
         if self._path.exists():
             with self._path.open("rb") as log:
                 log.seek(self._position)
@@ -36,7 +42,9 @@ class OutgoingLog:
                     self._position += len(line)
                     self._add(line)
 
-        return self._bytes.get((header.run, header.round), 0)
+        place = header.run, header.round
+        new = (*place, _digest(answer)) not in self._answers
+        return self._bytes.get(place, 0) + new * len(answer)
 
     def _add(self, line: bytes) -> None:
         try:
@@ -45,6 +53,11 @@ class OutgoingLog:
             return  # cut off, and followed by later lines
 
         key = entry.get("run"), entry.get("round")
+        digest = entry.get("sha256")
+        if digest is not None:
+            if (*key, digest) in self._answers:
+                return
+            self._answers.add((*key, digest))
         self._bytes[key] = self._bytes.get(key, 0) + entry["bytes"]
 
     def write_answer(
@@ -56,7 +69,7 @@ class OutgoingLog:
             {
                 **labels,
                 "bytes": len(data),
-                "sha256": hashlib.sha256(data).hexdigest(),
+                "sha256": _digest(data),
                 "tensors": {name: list(tensor.shape) for name, tensor in answer.tensors.items()},
                 "values": sorted(answer.values),
             },
@@ -69,6 +82,10 @@ class OutgoingLog:
     def _write(self, header: Header | None, entry: dict[str, Any]) -> None:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         append(self._path, json.dumps({"time": now, **labels_of(header), **entry}) + "\n")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def labels_of(header: Header | None) -> dict[str, str | int]:

@@ -310,11 +310,14 @@ class SiteProcess:
         data = answer.to_bytes()
         bound = self.site.allow.max_bytes_up_per_round
 
-        if bound is not None and len(data) + self._outgoing.bytes_of_round(header) > bound:
-            raise RefusalError(
-                f"site {self.site.name!r} lets {bound} bytes leave in a round; this answer of "
-                f"{len(data)} exceeds it"
-            )
+        if bound is not None:
+            whole = self._outgoing.bytes_of_round(header, data)
+            if whole > bound:
+                before = f" after {whole - len(data)} of round {header.round}"
+                raise RefusalError(
+                    f"site {self.site.name!r} lets {bound} bytes leave in a round; this answer of "
+                    f"{len(data)}{before * (whole > len(data))} exceeds it"
+                )
 
         labels: dict[str, Any] = {}
         if config is not None:

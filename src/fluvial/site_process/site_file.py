@@ -33,7 +33,7 @@ class Allowed(Settings):
     empty list none."""
     max_bytes_up_per_round: int | None = Field(None, ge=1, le=2**63 - 1)
     """Upper bound on the bytes that the site sends in a round. An answer beyond it is not sent, and
-    the server receives the reason."""
+    the server receives the reason. An answer that is sent again, as after a stop, counts once."""
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

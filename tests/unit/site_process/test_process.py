@@ -342,16 +342,20 @@ def test_no_more_leaves_in_a_round_than_the_file_says(
     size = len(free.answer(header(), training(pool)).data)
     process = SiteProcess(site_file(tmp_path, allow={"max_bytes_up_per_round": size + 20}))
     join(process, table)
-    process.answer(header(), training(pool))
+    answer = process.answer(header(), training(pool)).data
+    again = process.answer(header(seq=2), training(pool)).data
+    assert again == answer  # as after a stop; it tells nothing new
 
+    other = adapter_message(initial_state(pool.layout, 2), round=1).to_bytes()
     with pytest.raises(
         ConfigError,
-        match=f"lets {size + 20} bytes leave in a round; this answer of {size} exceeds it",
+        match=f"lets {size + 20} bytes leave in a round; this answer of {size} after {size} of "
+        "round 1 exceeds it",
     ):
-        process.answer(header(seq=2), training(pool))
+        process.answer(header(seq=3), other)
 
-    assert [line["task"] for line in log_of(tmp_path)] == ["join", "train"]
-    process.answer(header(round=2, seq=3), training(pool, 2))  # the next round has its own
+    assert [line["task"] for line in log_of(tmp_path)] == ["join", "train", "train"]
+    process.answer(header(round=2, seq=4), training(pool, 2))  # the next round has its own
 
 
 def test_the_limit_holds_after_a_line_that_was_cut_off(
