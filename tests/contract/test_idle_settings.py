@@ -517,7 +517,7 @@ class NamesOnly:
     """Data of a deployment, of which the server knows the names."""
 
     names = ("north", "south", "west")
-    samples_site = False
+    sample_from = None
 
     def public(self) -> dict[str, list[Example]]:
         """Return no text."""

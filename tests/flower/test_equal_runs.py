@@ -32,7 +32,7 @@ from tests.contract.test_methods import SETTINGS
 from tests.flower.test_flower import NAMES, FakeGrid
 from tests.support.flower_lab import FLUVIAL, Deployment, deployment, toml
 from tests.support.models import four_layers
-from tests.support.runs import run_table
+from tests.support.runs import run_table, small_table
 
 pytestmark = pytest.mark.flower
 
@@ -229,6 +229,33 @@ def test_deployed_equals_in_process(
     assert sum(entry["bytes"] for entry in run) == sum(
         size for kind, size in own["bytes"]["by_kind"].items() if kind.startswith("up ")
     )
+
+
+def test_a_site_receives_no_settings_of_another(
+    deployed: Deployment, three_sites: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Neither by a message of ours nor by Flower, which sends each site the settings of its app."""
+    lines = [json.loads(line) for line in three_sites.read_text().splitlines()]
+    by_site = {}
+    for name in NAMES:
+        file = tmp_path / f"file-of-{name}.jsonl"
+        own = [{"text": line["text"]} for line in lines if line["client"] == name]
+        file.write_text("".join(json.dumps(record) + "\n" for record in own))
+        by_site[name] = {"source": str(file)}
+
+    table = small_table(tiny_model, three_sites) | {"rounds": 1, "train": {"max_steps": 1}}
+    table |= {"data": {"max_length": 32, "by_site": by_site}, "fleet": {"sites": list(NAMES)}}
+    table |= {"evaluate": {"sample_prompt": "1 snow", "sample_tokens": 2}}
+    out = tmp_path / "apart"
+    number = deployed.submit(table, out)
+    same(deployed.wait(out), run_table(table, tmp_path / "own"))
+    assert deployed.finished(number)["status"] == "finished:completed"
+    for name in NAMES:
+        files = [path for path in deployed.site(name).rglob("*") if path.is_file()]
+        texts = [path.read_bytes() for path in files]
+        assert any(f"file-of-{name}".encode() in text for text in texts)
+        others = [other for other in NAMES if other != name]
+        assert not [o for o in others for text in texts if f"file-of-{o}".encode() in text]
 
 
 def test_bytes_are_those_that_flower_counts(

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Literal
 
 from fluvial.data.bundled import SOURCES, even_parts
 from fluvial.data.config import DataConfig
@@ -120,9 +121,9 @@ class SiteTexts:
         self.public = cache(self._public)
 
     @property
-    def samples_site(self) -> bool:
-        """Return whether `sample` has records of a site; bundled text is public."""
-        return self._bundled is None
+    def sample_from(self) -> Literal["site", "public"]:
+        """Return the owner of what `sample` returns; bundled text is public."""
+        return "site" if self._bundled is None else "public"
 
     def sample(self) -> SiteData:
         """Return the data of the first site that has a question, to show the model on; those of

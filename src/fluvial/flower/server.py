@@ -1,6 +1,5 @@
 """The server's half of a deployment, which Flower's SuperLink starts for a submitted run."""
 
-import json
 import logging
 import os
 import threading
@@ -8,7 +7,7 @@ import time
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -20,7 +19,7 @@ from fluvial.errors import ConfigError, FluvialError
 from fluvial.federation.fleet import Fleet
 from fluvial.flower import names
 from fluvial.flower.inbox import pull_complete
-from fluvial.flower.server_operator import stream_place
+from fluvial.flower.server_operator import read_submission, stream_place
 from fluvial.flower.stream.listener import StreamListener
 from fluvial.flower.transport import flower_fleet
 from fluvial.methods import METHODS
@@ -43,15 +42,14 @@ def main(grid: Grid, context: Context) -> None:
     begin_log()
     _end_with_parent()
     vars(http_grid)["pull_objects"] = pull_complete
-    given = context.run_config
-    config = parse(json.loads(str(given["config"])), "the submitted configuration")
-    folder = Path(str(given["folder"]))
-    named = Path(str(given["names"]))
+    server, given = read_submission(str(context.run_config["submitted"]))
+    config = parse(given["config"], "the submitted configuration")
+    folder = Path(given["folder"])
 
     def registered() -> dict[int, str]:
         return {
             int(number): name
-            for number, name in names.read(named)["sites"].items()
+            for number, name in names.read(server / names.FILE)["sites"].items()
             if number.isdigit()
         }
 
@@ -68,13 +66,13 @@ def main(grid: Grid, context: Context) -> None:
             pool,
             registered=registered,
             listener=listener,
-            keys=None if place.certificate is None else named.parent,
+            keys=None if place.certificate is None else server,
         )
 
     def texts(config: RunConfig, pool: ModelPool) -> ServerTexts:
         return ServerTexts(config, pool)
 
-    place = stream_place(named.parent)
+    place = stream_place(server)
     with StreamListener(place) as listener:
         events = execute(
             config, folder, resume=bool(given["resume"]), assemble=assemble, texts=texts
@@ -167,7 +165,7 @@ class ServerTexts:
         """Return the public records; see `Texts`."""
         return self._texts.public()
 
-    samples_site = False
+    sample_from: Literal["site", "public"] | None = None
     """The sample is a prompt of the configuration, or a fixed one."""
 
     def sample(self) -> SiteData:

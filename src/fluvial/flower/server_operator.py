@@ -1,11 +1,12 @@
 """Commands of the server's operator over Flower's own programs, by default with TLS and node keys.
 
 A server's folder holds server.toml, ca.crt, ca.key, server.crt, server.key, channel.key,
-channel.pub, superlink.db, names.json, flower/ (home of Flower's programs) and runs/.
+channel.pub, superlink.db, names.json, submitted/, flower/ (home of Flower's programs) and runs/.
 """
 
 import json
 import os
+import secrets
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,7 @@ from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.flower.stream.place import Place
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
-from fluvial.storage.files import make_folder
+from fluvial.storage.files import make_folder, read_object, write_atomically
 from fluvial.storage.run_files import CONFIG, JsonObject
 from fluvial.wire.channel import PublicIdentity
 
@@ -43,11 +44,11 @@ serverapp = "fluvial.flower.server:app"
 clientapp = "fluvial.flower.site:app"
 
 [tool.flwr.app.config]
-config = ""
-folder = ""
-names = ""
-resume = false
+submitted = ""
 """
+_SUBMITTED = "submitted"
+"""Folder of what was submitted, in the server's; Flower sends each site the settings of its app, so
+these have no more than the name of a file there."""
 
 
 class ServerFile(Settings):
@@ -244,22 +245,37 @@ def submit(config: "RunConfig", folder: Path, *, out: Path, resume: bool = False
     app = folder / "app"
     app.mkdir(exist_ok=True)
     (app / "pyproject.toml").write_text(_APP)
+    token = secrets.token_hex(16)
     given = {
-        "config": json.dumps(config.model_dump(mode="json", exclude_unset=True)),
+        "config": config.model_dump(mode="json", exclude_unset=True),
         "folder": str(out.resolve()),
-        "names": str(folder.resolve() / names.FILE),
+        "resume": resume,
     }
-    lines = [f"{name} = {json.dumps(value)}" for name, value in given.items()]
-    lines.append(f"resume = {'true' if resume else 'false'}")
-    (folder / "submitted.toml").write_text("\n".join(lines) + "\n")
-    settings = str(folder.resolve() / "submitted.toml")
-    answer = _flwr_json(folder, "run", str(app.resolve()), _CONNECTION, "--run-config", settings)
+    make_folder(folder / _SUBMITTED)
+    write_atomically(folder / _SUBMITTED / f"{token}.json", json.dumps(given).encode())
+    settings = (folder / _SUBMITTED).resolve() / "settings.toml"
+    settings.write_text(f'submitted = "{token}"\n')
+    answer = _flwr_json(
+        folder, "run", str(app.resolve()), _CONNECTION, "--run-config", str(settings)
+    )
 
     if "run-id" not in answer:
         raise ConfigError(f"the server did not accept the run: {answer}")
 
     names.add(folder / names.FILE, "runs", str(answer["run-id"]), out.name)
     return int(answer["run-id"])
+
+
+def read_submission(token: str) -> tuple[Path, JsonObject]:
+    """Return the server's folder, and the configuration, folder and resume of what was submitted.
+
+    The caller is a program of Flower's that the server has started, see `environment`.
+    """
+    folder = Path(os.environ["FLWR_HOME"]).parent
+    given = read_object(folder / _SUBMITTED / f"{token}.json") if token.isalnum() else None
+    if given is None:
+        raise ConfigError(f"nothing was submitted to {folder} as {token!r:.40}; submit the run")
+    return folder, given
 
 
 def status(folder: Path) -> JsonObject:

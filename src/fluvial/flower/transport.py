@@ -30,6 +30,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig
 from fluvial.site_process.journal import Header
 from fluvial.site_process.process import JOIN, UNKNOWN_RUN
+from fluvial.site_process.sent_config import for_site
 from fluvial.wire.payload import Limits, Payload, Value
 
 logger = logging.getLogger(__name__)
@@ -119,9 +120,7 @@ class FlowerTransport:
         self._limits = limits
         self._poll_s = poll_s
         self._inbox = Inbox(grid, poll_s=poll_s)
-        self._joining = Payload(
-            values={"config": config.model_dump(mode="json", exclude_unset=True)}
-        ).to_bytes()
+        self._settings = config.model_dump(mode="json", exclude_unset=True)
         self._nodes = Nodes(
             grid,
             self.sites,
@@ -133,6 +132,7 @@ class FlowerTransport:
             look_s=_LOOK_POLLS * poll_s,
             limits=limits,
         )
+        self._registered = registered
         self._simulated = simulated
         self._run = f"{label[-150:]} {config.method.name} {secrets.token_hex(8)}"
         self._session = secrets.token_hex(8)
@@ -313,8 +313,11 @@ class FlowerTransport:
         return Arrival(number, opened.data, times=opened.times)
 
     def _greet(self, node: int) -> str:
+        name = self._registered().get(node)  # None where nodes have no keys
+        settings = self._settings if name is None else for_site(self._settings, name)
+        data = Payload(values={"config": settings}).to_bytes()
         ttl_s = _SPARE_S + self._join_timeout_s
-        return self._push_message(node, JOIN, self._joining, {}, round=0, ack=0, ttl_s=ttl_s)
+        return self._push_message(node, JOIN, data, {}, round=0, ack=0, ttl_s=ttl_s)
 
     def _push(self, node: int, request: Request) -> str:
         ack = self._acks.get(request.site, 0)

@@ -130,18 +130,20 @@ belongs to no site."""
 def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
     """Return continuations of one prompt by the base and by the tuned model.
 
-    Without a configured prompt a site's own text is one, unless sites may not be measured. Each
-    sample says where its prompt is from, and has the right answer where the prompt is a question.
+    Without a configured prompt a site's own text is one, and there is none where sites may not be
+    measured or their text is elsewhere. Each sample says where its prompt is from, and has the
+    right answer where the prompt is a question.
     """
     settings = reporting.evaluate
-    texts = reporting.texts.sample()
-
-    if settings.sample_prompt is None and not reporting.heldout:
+    shows_text = reporting.heldout and reporting.texts.sample_from is not None
+    if settings.sample_prompt is None and not shows_text:
         return []
+
+    texts = reporting.texts.sample()
 
     asked: Prompt
     right: dict[str, str] = {}
-    origin: PromptFrom = "site" if reporting.texts.samples_site else "public"
+    origin: PromptFrom = reporting.texts.sample_from or "public"
     if settings.sample_prompt is not None:
         origin = "setting"
         prompt = asked = settings.sample_prompt

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import Field
 
@@ -50,8 +50,8 @@ class EvaluateConfig(Settings):
     """Folder with tasks of your own for `tasks`, as YAML files of lm-eval."""
     sample_prompt: str | None = None
     """Text that base and tuned model continue at the end. Unset, it is the first held-out question
-    where there are some, shown with the right answer; "Once upon a time" where the server has no
-    text of the sites, which are deployed runs and `flglm`."""
+    where there are some, shown with the right answer. Where the server has no text of the sites,
+    nothing is continued in a deployed run, and "Once upon a time" under `flglm`."""
     sample_tokens: int = Field(40, ge=1, le=10**6)
     """Tokens of that continuation."""
 
@@ -75,8 +75,8 @@ class Texts(Protocol):
         ...
 
     @property
-    def samples_site(self) -> bool:
-        """True where `sample` returns records that belong to a site."""
+    def sample_from(self) -> Literal["site", "public"] | None:
+        """Owner of what `sample` returns; None for a fixed text, which shows nothing of the run."""
         ...
 
     def sample(self) -> SiteData:

@@ -97,9 +97,8 @@ def _own_table(run: DataConfig, settings: Mapping[str, Any], site: SiteFile) -> 
     """Return a run's [data] with the table of this site alone in `by_site`."""
     if site.name not in run.by_site:
         raise RefusalError(
-            f"site {site.name!r}: the run's data.by_site has tables for "
-            f"{', '.join(sorted(run.by_site))} alone; add one for this site, or set [data] in "
-            "its own file"
+            f"site {site.name!r}: the run's data.by_site has tables for other sites alone; add one "
+            "for this site, or set [data] in its own file"
         )
 
     own = run.by_site[site.name]

@@ -823,7 +823,7 @@ def test_named_sites_take_part_alone(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_named_sites_of_the_embedded_text_take_part_alone(tokenizer: Any) -> None:
     read = SiteTexts(DataConfig(sites=("xml", "email")), tokenizer, seed=0)
-    assert not read.samples_site  # text that comes with Fluvial
+    assert read.sample_from == "public"  # text that comes with Fluvial
     assert read.names == ("email", "xml")
     with pytest.raises(ConfigError, match="data.sites: there is no site 'north'; the sites are ar"):
         SiteTexts(DataConfig(sites=("north",)), tokenizer, seed=0)

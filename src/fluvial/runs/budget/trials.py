@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from fluvial.codecs.quantise import IdentitySettings
 from fluvial.data import Example, SiteData
@@ -65,7 +65,7 @@ class PublicSites:
         train = [example for site in sites for example in site.train]
         return SiteData(train, [e for site in sites for e in site.heldout], [], len(train), 0, 0)
 
-    samples_site = False
+    sample_from: Literal["site", "public"] | None = "public"
     """All text is public."""
 
     def sample(self) -> SiteData:
