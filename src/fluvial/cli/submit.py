@@ -12,6 +12,7 @@ from fluvial.cli.console import (
     Overrides,
     Resume,
     ServerFolder,
+    err,
     load_config,
     print_content,
     print_line,
@@ -23,6 +24,12 @@ from fluvial.storage.recipes import stem
 RunNumber = Annotated[
     int | None, typer.Argument(help="The run's number; default the one submitted last.")
 ]
+
+NO_DEADLINE = (
+    "no deadline: the run waits for a site that stops answering; set fleet.deadline_s, the seconds "
+    "that an answer may take"
+)
+"""Remark on a run of a deployment without a deadline."""
 
 
 def submit(
@@ -40,6 +47,8 @@ def submit(
     path = folder or server / "runs" / stem(config)
     server_operator.check_submission(server, out=path, resume=resume)
     settings = load_config(config, overrides, as_written=True)
+    if settings.fleet.deadline_s is None:
+        err.print(f"• {NO_DEADLINE}", markup=False, soft_wrap=True)
     with working("giving the run to the server"):
         number = server_operator.submit(settings, server, out=path, resume=resume)
     print_line(f"run {number} in {path}")
