@@ -91,3 +91,23 @@ def block_compute() -> str:
     return listing(
         "fedcybgd_compute.json", "compute", {key: key.replace("_", " ") for key in keys}, ""
     )
+
+
+def block_curves() -> str:
+    """Orders of blocks and the paper's own form, from the beginning to the end of a run."""
+    columns = {
+        "cell": "cell",
+        "contender": "contender",
+        "steps": "steps of a visit",
+        "seeds": "seeds",
+        "first": "loss before",
+        "loss": "loss at the end",
+        "loss_half": "±",
+        "bytes_up": "up, B a site",
+        "bytes_down": "down, B a site",
+    }
+    words = (
+        "Blocks are layers; uploads of block methods are int8, at the learning rate of "
+        "FedCyBGD's in the table of losses. With visits of 150 steps there is one cycle."
+    )
+    return listing("fedcybgd_paper.json", "paper", columns, words)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from block_tables import block_compute, block_downloads, block_losses, block_memory
+from block_tables import block_compute, block_curves, block_downloads, block_losses, block_memory
 from cgfedllm_tables import gate, loss, parts, training
 from codec_tables import adapters, budget, default_adapter, distortion, driven, speed, target
 from fidelity_figures import fill_cells
@@ -299,6 +299,7 @@ TABLES = {
         "download": block_downloads,
         "memory": block_memory,
         "compute": block_compute,
+        "curves": block_curves,
     },
     "docs/methods/flglm.md": {
         "codecs": activation_codecs,

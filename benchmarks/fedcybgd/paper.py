@@ -3,7 +3,8 @@ run.
 
 Every contender is measured on the sites' held-out text before training and after every cycle. All
 block methods upload int8 and share the learning rate that `losses` found for FedCyBGD's int8;
-Fed-full has its own. In "visits of 150 steps" a site trains as long as in the released code's run
+Fed-full has its own, and the proxy lower ones too, because a step on a pruned model leads
+elsewhere. In "visits of 150 steps" a site trains as long as in the released code's run
 of LLaMA-2-7B, for one cycle.
 """
 
@@ -40,15 +41,19 @@ ASCENDING = "ascending"
 LATIN = "latin"
 
 
-def _cyclic(name: str, order: str, download: Table | None = None) -> Contender:
+def _cyclic(name: str, order: str, download: Table | None = None, pace: float = 0.5) -> Contender:
     method: Table = {"name": "fedcybgd", "order": order}
     if download is not None:
         method |= {"download": download, "gate": {"threshold": 0}}
-    return Contender(name, method, codec={"name": "int8"}, pace=0.5)
+    return Contender(name, method, codec={"name": "int8"}, pace=pace)
 
 
 PROXIES = (
     _cyclic(PAPER, "ascending", {"form": "proxy", "kept": 0.75}),
+    *(
+        _cyclic(f"{PAPER}, rate / {part}", "ascending", {"form": "proxy", "kept": 0.75}, 0.5 / part)
+        for part in (4, 16)
+    ),
     _cyclic("ascending, proxy 0.9", "ascending", {"form": "proxy", "kept": 0.9, "drop": 0.1}),
 )
 SHORT = (

@@ -26,7 +26,7 @@ from benchmarks.fedcybgd.contenders import (
     REFERENCE,
 )
 from benchmarks.fedcybgd.memory import LLAMA_2_7B
-from benchmarks.fedcybgd.paper import ORDERS, PAPER, VISIT
+from benchmarks.fedcybgd.paper import ORDERS, PROXIES, VISIT
 from benchmarks.fedcybgd.shapes import layout_of
 from benchmarks.report import Row
 from fluvial.methods.fedcybgd.blocks import partition
@@ -126,7 +126,7 @@ def memory_figure(memory: Sequence[Row], losses: Sequence[Row]) -> Figure:
 
 def orders_figure(rows: Sequence[Row]) -> Figure:
     """Draw the final loss by order of blocks, beside Fed-full, FedBAvg and the paper's own form."""
-    wanted = (REFERENCE, CYCLIC, FEDBAVG, *ORDERS, PAPER)
+    wanted = (REFERENCE, CYCLIC, FEDBAVG, *ORDERS, *(each.name for each in PROXIES))
     found = {row["contender"]: row for row in rows if row["steps"] < VISIT}
     chosen = [found[name] for name in wanted if name in found]
     figure = Figure(figsize=(8.5, 3.2), layout="constrained")
