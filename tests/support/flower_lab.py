@@ -206,11 +206,13 @@ class Deployment:
         """Processes of the server ("superlink", "superexec", "serverapp") or of a site, those that
         are there now.
 
-        A site has "site" (the command), "supernode", and warm "executor" and "task" (which answers
-        one message), else "superexec" and "clientapp".
+        A site has "site" (the command), "supernode", "guard", and warm "executor" and "task" (which
+        answers one message), else "superexec" and "clientapp".
         """
         found: dict[str, int] = {}
         processes = _processes(f"{self.folder}:{who}")
+        lock = self.site(who) / ".lock"
+        noted = lock.read_text().split() if lock.exists() else []  # those that the guard ends
         own = [pid for pid, (_, words) in processes.items() if "fluvial.cli" in words]
 
         for pid, (parent, words) in sorted(processes.items()):
@@ -225,7 +227,8 @@ class Deployment:
                     depth = depth + 1
                     above = processes[above][0]
 
-                found[("site", "executor", "task")[depth]] = pid
+                role = ("site", "executor", "task")[depth]
+                found["guard" if role == "executor" and str(pid) not in noted else role] = pid
 
         if who == SERVER and (server := self._started.get(who)) and server.pid in processes:
             found["superlink"] = server.pid  # a child has its words for a moment

@@ -1,7 +1,6 @@
 """What the log of a deployed run says of baselines, and of the error that ends the run."""
 
 import io
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,11 +73,12 @@ def test_the_log_names_a_baseline_before_sites_are_asked(
     monkeypatch.setattr(server, "stream_place", lambda _: Place("127.0.0.1", 0))
     caplog.set_level(logging.INFO)
     given = {
-        "config": json.dumps({"method": {"name": "fedavg"}, "compare": ["local"]}),
+        "config": {"method": {"name": "fedavg"}, "compare": ["local"]},
         "folder": str(tmp_path / "run"),
-        "names": str(tmp_path / "names.json"),
         "resume": False,
     }
-    server.main(cast(Any, None), cast(Any, SimpleNamespace(run_config=given)))
+    monkeypatch.setattr(server, "read_submission", lambda _: (tmp_path, given))
+    submitted = SimpleNamespace(run_config={"submitted": "token"})
+    server.main(cast(Any, None), cast(Any, submitted))
     asked = [line for line in caplog.messages if "asked" in line]
     assert asked == ["sites are asked to take part in 'local', a baseline of compare"]
