@@ -105,6 +105,10 @@ CONTENDERS = (
     _coded("trellis", 64, role="ours", down=DOWN),
     _coded("trellis", 64, role="ours", down={"name": "trellis", "rate": 64}),
     _coded("hadamard", 64, role="assembled", down=ASSEMBLED_DOWN),
+    *(
+        _coded("trellis", rate, role="ours", down={"name": "powersgd", "rate": down})
+        for rate, down in ((64, 64), (64, 32), (128, 64))
+    ),
     _coded("trellis", 32, role="ours", tier=2),
     _coded("trellis", 16, role="ours", tier=2),
     _coded("hadamard", 32, role="assembled", tier=2),
