@@ -61,7 +61,7 @@ def site_init(
 
     check_plain(name, "--name")
     make_folder(folder)
-    lines = ["# Changes take effect when the site is started again: fluvial site start FOLDER"]
+    lines = ["## Changes take effect when the site is started again: fluvial site start FOLDER"]
     lines += [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
 
     if ca is not None:
