@@ -4,10 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fluvial.data import keywords, stdlib
-from fluvial.data.config import BUNDLED
 from fluvial.data.examples import Example
 from fluvial.data.forms import Form
 from fluvial.data.records import Record, Text
+from fluvial.storage.paths import BUNDLED
 
 Parts = tuple[list[Record], list[Record]]
 """Records of a site to train on, and held-out records."""

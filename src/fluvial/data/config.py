@@ -12,10 +12,9 @@ from fluvial.data.partition import Iid, Partition
 from fluvial.data.records import Numbers
 from fluvial.settings import Settings
 from fluvial.storage.kinds import kind_of, taken_over
+from fluvial.storage.paths import BUNDLED
 
 STDLIB = "stdlib"
-BUNDLED = (STDLIB, "stdlib-keywords")
-"""Sources that come with Python and bring their own sites, held-out records and public text."""
 READING = ("form", "columns", "encoding", "delimiter")
 """Settings that each source may have of its own."""
 

@@ -79,16 +79,13 @@ def compare_sites(
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """Return the ends of the 95 % interval of a mean by Student's t; None for fewer values than
     `LEAST_SITES`, and for values that are all equal."""
-    count = len(values)
-    if count < LEAST_SITES or len(set(values)) == 1:
+    if len(values) < LEAST_SITES or len(set(values)) == 1:
         return None
 
-    from scipy.special import stdtrit
+    from fluvial.runs.comparison.statistics import interval
 
-    mean = math.fsum(values) / count
-    variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
-    half = float(stdtrit(count - 1, 0.975)) * math.sqrt(variance / count)
-    return mean - half, mean + half
+    _, low, high = interval(values)
+    return None if low is None or high is None else (low, high)
 
 
 def losses(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[str, float]:

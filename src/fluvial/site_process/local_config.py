@@ -11,13 +11,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.config import BUNDLED, STDLIB, DataConfig
+from fluvial.data.config import STDLIB, DataConfig
 from fluvial.data.sources import has_splits
 from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.site_file import SiteFile
 from fluvial.storage.kinds import kind_of, taken_over
+from fluvial.storage.paths import BUNDLED
 
 INDEPENDENT = (
     "form",

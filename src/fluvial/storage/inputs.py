@@ -10,8 +10,6 @@ from typing import Any
 from fluvial.storage import paths
 from fluvial.storage.files import digest_of_file
 
-BUNDLED = ("stdlib", "stdlib-keywords")
-"""Sources of records that come with Python, and differ with its version."""
 SAVED = ("dataset_dict.json", "dataset_info.json")
 """Files of a saved data set of Hugging Face, whose parts lie in folders below it."""
 READ = {
@@ -29,7 +27,7 @@ def digests(settings: dict[str, Any]) -> dict[str, str]:
     named = {".".join(place): paths.value_at(settings, place) for place in paths.places(settings)}
     found = {}
     for setting, text in named.items():
-        if text in BUNDLED:
+        if text in paths.BUNDLED:  # which differ with the version of Python
             found[setting] = f"Python {platform.python_version()}"
         elif isinstance(text, str) and _is_read(path := Path(text).expanduser()):
             found[setting] = _digest(path)

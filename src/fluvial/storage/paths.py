@@ -9,6 +9,8 @@ from typing import Any
 from fluvial.errors import ConfigError
 from fluvial.storage import toml
 
+BUNDLED = ("stdlib", "stdlib-keywords")
+"""Sources that come with Python and bring their own sites, held-out records and public text."""
 PLACES = (
     ("model", "name_or_path"),
     ("data", "source"),
@@ -132,7 +134,7 @@ def _relative(table: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         ):
             continue
 
-        if text in ("embedded", "stdlib", "stdlib-keywords") or (
+        if text in ("embedded", *BUNDLED) or (
             key == "chat_template" and "." not in text and "/" not in text
         ):
             continue  # names of ours

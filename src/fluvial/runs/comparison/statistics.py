@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from scipy import stats
+from scipy.special import stdtr, stdtrit
 
 LEVEL = 0.95
 """Confidence level of every interval."""
@@ -18,7 +18,7 @@ def interval(values: Sequence[float]) -> tuple[float, float | None, float | None
     if len(values) < 2:
         return mean, None, None
 
-    half = stats.t.ppf((1 + LEVEL) / 2, len(values) - 1) * _error(values, mean)
+    half = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * _error(values, mean)
     return mean, mean - half, mean + half
 
 
@@ -38,7 +38,7 @@ def p_value(differences: Sequence[float]) -> float | None:
 
     mean = math.fsum(differences) / len(differences)
     t = mean / _error(differences, mean)
-    return float(2 * stats.t.sf(abs(t), len(differences) - 1))
+    return float(2 * stdtr(len(differences) - 1, -abs(t)))
 
 
 def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
