@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fluvial.data.config import BUNDLED, DataConfig
+from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
 from fluvial.data.records import Record, RecordReader
@@ -18,6 +18,7 @@ from fluvial.runs.proposal.columns import (
 )
 from fluvial.runs.proposal.file_reading import usual_reading
 from fluvial.storage import toml
+from fluvial.storage.paths import BUNDLED
 
 SAMPLE = 2000
 """Records that are tokenised to know their lengths."""
