@@ -106,10 +106,10 @@ def init(
     from fluvial.runs.proposal.models import look_at_model
     from fluvial.runs.proposal.proposing import propose
     from fluvial.runs.proposal.records import facts_about, read_records
-    from fluvial.runs.proposal.separate import named_sources, separate
+    from fluvial.runs.proposal.separate import named_sources, separate, site_names
     from fluvial.runs.proposal.sites import sites_by_source
 
-    renamed = renamed_columns(column or [])
+    renamed = renamed_columns(column or [], site_names(data or []))
     of_all = {} if several else of_one_source(renamed)
     chosen_limits: frozenset[Limit] | None = None
     with faults.catch():

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from fluvial.errors import ConfigError
+from fluvial.runs.proposal.columns import renamed_columns
 from fluvial.runs.proposal.given import read_given
-from fluvial.runs.proposal.separate import named_sources
+from fluvial.runs.proposal.separate import named_sources, site_names
 from tests.unit.runs.test_proposal import proposed, run_init, written
 
 
@@ -35,6 +36,35 @@ def test_a_name_before_the_path_is_that_of_the_site(tiny_model: Path) -> None:
     assert {Path(own.source).name for own in data.by_site.values()} == {"a=b.jsonl", "north.jsonl"}
     assert data.by_site["Site B"].columns == {"prompt": "ask", "completion": "reply"}
     assert data.by_site["Site B"].heldout_source == str(Path("asked.jsonl").resolve())
+
+
+def test_names_with_the_marks_of_the_options_are_known_sites() -> None:
+    """The longest known name is the site; one that nothing makes is told with its whole name."""
+    for name in ("a.jsonl", "a=b.jsonl", "one.jsonl", "x=y.jsonl"):
+        written(rows(name), name)
+    data = ["a.jsonl", "a=b.jsonl"]
+    assert site_names(data) == ["a", "a=b"]
+    assert site_names(["a=b.jsonl"]) == []
+    pairs = ["a=b:prompt=ask:x=1", "a:completion=y", "text=a:text=b", "c=d:text=z"]
+    assert renamed_columns(pairs, site_names(data)) == {
+        "a=b": {"prompt": "ask:x=1"},
+        "a": {"completion": "y"},
+        "": {"text": "a:text=b"},
+        "c=d": {"text": "z"},
+    }
+    held = read_given(data, ["a=b=one.jsonl", "a=x=y.jsonl"], None).heldout
+    assert {site: files.source for site, files in held.items()} == {
+        "a=b": "one.jsonl",
+        "a": "x=y.jsonl",
+    }
+
+
+def test_a_held_out_file_of_either_of_two_sites_is_refused() -> None:
+    for name in ("a.jsonl", "a=b.jsonl", "one.jsonl", "b=one.jsonl"):
+        written(rows(name), name)
+    faults = read_given(["a.jsonl", "a=b.jsonl"], ["a=b=one.jsonl"], None).faults[""]
+    assert faults.count == 1
+    assert "a file of each of the sites a=b and a; name one of them otherwise" in faults.first[0]
 
 
 @pytest.mark.parametrize(

@@ -255,19 +255,25 @@ def _words(column: str) -> list[str]:
     return re.split(r"[\W_]+", column.casefold())
 
 
-def renamed_columns(pairs: Sequence[str]) -> dict[str, dict[str, str]]:
+def renamed_columns(pairs: Sequence[str], sites: Sequence[str] = ()) -> dict[str, dict[str, str]]:
     """Return the columns to rename, by site: our field = the file's column; those of all sites are
-    under "". Raises `ConfigError`."""
+    under "". Raises `ConfigError`.
+
+    Names may hold the marks ":" and "=": the longest name among `sites` is taken.
+    """
     renamed: dict[str, dict[str, str]] = {}
     for pair in pairs:
-        place, mark, name = pair.partition("=")
-        site, _, field = place.rpartition(":")
-        if not mark or not name or field not in FIELDS:
+        named = [f"{re.escape(site)}:" for site in sorted(sites, key=len, reverse=True)]
+        places = (*named, "", ".+?:")  # that of another site is refused where all sites are known
+        fits = (re.fullmatch(f"({place})({'|'.join(FIELDS)})=(.+)", pair) for place in places)
+        found = next(filter(None, fits), None)
+        if found is None:
             raise ConfigError(
                 f"--column {pair!r:.60}: write FIELD=YOUR_COLUMN, where FIELD is "
                 f"{', '.join(FIELDS)}"
             )
-        renamed.setdefault(site, {})[field] = name
+        site, field, name = found.groups()
+        renamed.setdefault(site.removesuffix(":"), {})[field] = name
     return renamed
 
 

@@ -46,7 +46,7 @@ def read_heldout(
     sites: list[str] = []
     for files in sources if len(sources) > 1 else ():
         with faults[files.source].catch():
-            sites.append(site_of(files))
+            sites.append(site_of(files.source, files.site))
 
     found: dict[str, RecordFiles] = {}
     for option in options:
@@ -94,16 +94,27 @@ def fitted_parts(
 
 
 def _parted(option: str, sites: Sequence[str]) -> tuple[str, str]:
-    """Return the site and the source that an option names; the site is `ALL` where it names
-    none."""
-    site, mark, source = option.partition("=")
-    if not sites or not mark or (site not in sites and Path(option).expanduser().exists()):
-        return ALL, option
-    if site not in sites:
+    """Return the site and the source that an option names; the site is `ALL` where it names none.
+
+    Names may hold the mark "=": the longest one is taken whose source exists, or which is known.
+    """
+    known = sorted((site for site in sites if option.startswith(f"{site}=")), key=len, reverse=True)
+    named = [(site, option.removeprefix(f"{site}=")) for site in known]
+    there = [pair for pair in named if Path(pair[1]).expanduser().exists()]
+    if len(there) > 1:
         raise ConfigError(
-            f"--heldout {option!r}: no --data makes a site {site!r}; they make {', '.join(sites)}"
+            f"--heldout {option!r}: names a file of each of the sites {' and '.join(known)}; name "
+            "one of them otherwise, with --data NAME=PATH"
         )
-    return site, source
+    if named:
+        return (there or named)[0]
+
+    if not sites or "=" not in option or Path(option).expanduser().exists():
+        return ALL, option
+    raise ConfigError(
+        f"--heldout {option!r}: no --data makes a site {option.partition('=')[0]!r}; they make "
+        f"{', '.join(sites)}"
+    )
 
 
 def _fitted(files: RecordFiles, data: DataFacts) -> Heldout:

@@ -3,6 +3,7 @@
 import shlex
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def parts_of(
     names: list[str] = []
     for files in sources:
         with faults[files.source].catch():
-            name = site_of(files)
+            name = site_of(files.source, files.site)
             if name in names:
                 raise ConfigError(
                     f"--data {files.source!r}: another source makes the site {name!r} too; name "
@@ -120,15 +121,24 @@ def named_sources(options: Sequence[str]) -> list[tuple[str | None, str]]:
     return found
 
 
-def site_of(files: RecordFiles) -> str:
+def site_names(options: Sequence[str]) -> list[str]:
+    """Return the names of the sites that several `--data` make, without those that can be no
+    site's; raises `DataError` as `named_sources` does."""
+    names: list[str] = []
+    for site, source in named_sources(options) if len(options) > 1 else ():
+        with suppress(ConfigError):
+            names.append(site_of(source, site))
+    return names
+
+
+def site_of(source: str, given: str | None) -> str:
     """Return the name of a source's site: the one that is given, else that of its file without
     suffix, or of its folder.
 
     Raises `ConfigError` for one that can be no site's.
     """
-    if files.site is not None:
-        return files.site
-    source = files.source
+    if given is not None:
+        return given
     path = Path(source).expanduser()
     name = path.resolve().name if path.is_dir() else path.stem
     fault = fault_of(name)
