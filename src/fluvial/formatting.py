@@ -98,11 +98,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def epsilon_words(epsilon: float | None) -> str:
+    """Return epsilon with three digits; where it is 0, delta bounds all that is learned."""
+    return "below 1e-09" if epsilon is not None and 0 <= epsilon < 1e-9 else figure(epsilon, ".3g")
+
+
 def privacy_words(report: Mapping[str, Any]) -> str:
     """Return epsilon, delta and releases of a run as one line, and what epsilon does not count."""
     where = "by the server" if report["placement"] == "aggregate" else "at the site"
     counted = (
-        f"epsilon {report['epsilon']:.3g} at delta {report['delta']:g} after "
+        f"epsilon {epsilon_words(report['epsilon'])} at delta {report['delta']:g} after "
         f"{report['releases']} releases of a site, noise added {where}"
     )
 

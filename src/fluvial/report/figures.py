@@ -6,7 +6,15 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.formatting import (
+    epsilon_words,
+    figure,
+    human_bytes,
+    human_ratio,
+    human_seconds,
+    percent,
+    safe_text,
+)
 from fluvial.report.axes import AXIS_WORDS, SCORES, chart_of, tips_of
 from fluvial.report.block_tables import block_words
 from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
@@ -192,7 +200,9 @@ def rate_by_round(metrics: Sequence[JsonObject]) -> Markup:
 
 def epsilon_by_round(metrics: Sequence[JsonObject]) -> Markup:
     """Draw the epsilon that was spent after each round; empty without any."""
-    return _by_round(metrics, "epsilon", "epsilon so far", lambda value: f"epsilon {value:.4g}")
+    return _by_round(
+        metrics, "epsilon", "epsilon so far", lambda value: f"epsilon {epsilon_words(value)}"
+    )
 
 
 def _by_round(

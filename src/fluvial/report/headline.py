@@ -1,6 +1,14 @@
 """The top of a run's page: whether it helped or how far it is, and its most telling figures."""
 
-from fluvial.formatting import figure, human_bytes, human_ratio, human_seconds, percent, safe_text
+from fluvial.formatting import (
+    epsilon_words,
+    figure,
+    human_bytes,
+    human_ratio,
+    human_seconds,
+    percent,
+    safe_text,
+)
 from fluvial.report.axes import SCORES
 from fluvial.report.result_tables import COUNTED, of_the_chosen, verdict_of
 from fluvial.runs.site_comparison import loss_of
@@ -87,7 +95,7 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
         found.append(
             {
                 "what": "epsilon of a hidden state",
-                "value": figure(result["noise"]["epsilon"], ".3g"),
+                "value": epsilon_words(result["noise"]["epsilon"]),
                 "note": "what it leaves out stands below",
             }
         )
@@ -95,7 +103,7 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
         found.append(
             {
                 "what": "epsilon of the run",
-                "value": figure(result["privacy"]["epsilon"], ".3g"),
+                "value": epsilon_words(result["privacy"]["epsilon"]),
                 "note": f"at delta {result['privacy']['delta']:g}",
             }
         )

@@ -6,7 +6,7 @@ from itertools import groupby
 from rich.markup import escape
 
 from fluvial.federation.meter import APART
-from fluvial.formatting import human_bytes, human_ratio, human_seconds, safe_text
+from fluvial.formatting import epsilon_words, human_bytes, human_ratio, human_seconds, safe_text
 from fluvial.report.budget_tables import budget_lines
 from fluvial.report.site_plans import plan_lines, predicted_lines
 from fluvial.storage.run_files import JsonObject
@@ -44,7 +44,7 @@ def round_line(record: JsonObject) -> str:
         parts.append(f"codec SNR {record['snr_db']:.1f} dB{rate}")
     if "epsilon" in record:
         parts.append(
-            f"epsilon {record['epsilon']:.3g}"
+            f"epsilon {epsilon_words(record['epsilon'])}"
             + (f" at delta {record['delta']:g}" if "delta" in record else "")
         )
 

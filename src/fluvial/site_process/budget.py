@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fluvial.errors import PrivacyError
 from fluvial.federation.releases import count_releases
+from fluvial.formatting import epsilon_words
 from fluvial.runs.config import RunConfig
 
 
@@ -39,7 +40,8 @@ def check_budget(
     spent = [_spends(other) for other in others]
     if epsilon + sum(other for other, _ in spent) > max_epsilon:
         raise PrivacyError(
-            f"this run would spend epsilon {epsilon:.3g}, which is more than this site has left"
+            f"this run would spend epsilon {epsilon_words(epsilon)}, which is more than this site "
+            "has left"
         )
 
     if math.fsum([delta, *(other for _, other in spent)]) > max_delta:
@@ -61,8 +63,8 @@ def check_same_promise(config: RunConfig, begun: RunConfig | None, ledger: Path)
     before = _spends(begun)
     if before != _spends(config):
         raise PrivacyError(
-            f"this run made releases under epsilon {before[0]:.3g} and delta {before[1]:.3g}, and "
-            "another promise is asked for now; begin a new run"
+            f"this run made releases under epsilon {epsilon_words(before[0])} and delta "
+            f"{before[1]:.3g}, and another promise is asked for now; begin a new run"
         )
 
 

@@ -24,6 +24,7 @@ from fluvial.exchange.report import GateReport
 from fluvial.exchange.representation import Representation
 from fluvial.exchange.tgap import d1_of, d2_of, split_by_time
 from fluvial.federation import noise
+from fluvial.federation.epsilon import epsilon_of
 from fluvial.federation.fleet import Fleet
 from fluvial.methods.cgfedllm import privacy
 from fluvial.models.tokenizers import load_tokenizer
@@ -515,21 +516,21 @@ def test_clipping_bounds_the_norm_and_keeps_the_direction() -> None:
     assert privacy.clip(update, 2 * norm(update)) is update
 
 
-def test_the_accountant_agrees_with_the_closed_form_bound() -> None:
-    """Renyi accounting of T Gaussian releases: eps <= T/(2 s^2) + sqrt(2 T log(1/delta)) / s, and
-    not far below."""
+def test_epsilon_is_not_far_below_a_simple_bound() -> None:
+    """Zero-concentrated privacy of T Gaussian releases: eps <= T/(2 s^2) + sqrt(2 T log(1/delta)) /
+    s."""
     for multiplier, rounds in ((1.0, 1), (2.0, 10), (5.0, 20)):
         bound = rounds / (2 * multiplier**2) + math.sqrt(2 * rounds * math.log(1e5)) / multiplier
-        found = privacy.spent(multiplier, rounds, 1e-5)
+        found = epsilon_of(multiplier, rounds, 1e-5)
         assert 0.7 * bound < found <= bound + 1e-3
 
-    assert privacy.spent(1.0, 0, 1e-5) == 0
+    assert epsilon_of(1.0, 0, 1e-5) == 0
 
 
 @pytest.mark.parametrize("epsilon", [0.25, 2.0, 8.0])
 def test_the_papers_budgets_are_met_and_not_wasted(epsilon: float) -> None:
     config = privacy.PrivacyConfig(placement="update", clip_norm=1.0, epsilon=epsilon)
-    found = privacy.spent(config.multiplier(20), 20, config.delta)
+    found = epsilon_of(config.multiplier(20), 20, config.delta)
     assert 0.98 * epsilon < found <= epsilon
 
 

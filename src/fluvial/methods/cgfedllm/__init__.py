@@ -35,6 +35,7 @@ from fluvial.exchange import (
 from fluvial.federation.aggregate import Aggregate
 from fluvial.federation.boundary import outward
 from fluvial.federation.cohort import sample
+from fluvial.federation.epsilon import epsilon_of
 from fluvial.federation.fleet import Fleet
 from fluvial.federation.sites import Site, train_locally
 from fluvial.methods.aggregating import (
@@ -107,7 +108,7 @@ class CgFedLlmServer(SharedModelServer):
         if config.privacy:
             multiplier = config.privacy.multiplier(self.context.rounds)
             delta = config.privacy.delta
-            epsilon = privacy.spent(multiplier, self.rounds_done, delta)
+            epsilon = epsilon_of(multiplier, self.rounds_done, delta)
             metrics |= {"epsilon": epsilon, "delta": delta}
 
         return metrics

@@ -19,15 +19,14 @@ site adds it, a frame is all that leaves: no sample count, no loss.
 import hashlib
 import math
 from collections.abc import Iterator
-from functools import cache
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from fluvial.errors import ConfigError
 from fluvial.federation import noise
+from fluvial.federation.epsilon import epsilon_of, multiplier_for
 from fluvial.federation.releases import Mechanism, claim
 from fluvial.federation.sites import Site
 from fluvial.methods.interface import Promise
@@ -72,7 +71,7 @@ class PrivacyConfig(Settings):
         if self.noise_multiplier is not None:
             return self.noise_multiplier
         assert self.epsilon is not None
-        return _calibrated(self.epsilon, self.delta, rounds)
+        return multiplier_for(self.epsilon, rounds, self.delta)
 
     def mechanism(self, rounds: int) -> Mechanism:
         """Return the mechanism of a run of `rounds` rounds."""
@@ -88,7 +87,7 @@ class PrivacyConfig(Settings):
                 "placement": self.placement,
                 "clip_norm": self.clip_norm,
                 "noise_multiplier": multiplier,
-                "epsilon": spent(multiplier, rounds, self.delta),
+                "epsilon": epsilon_of(multiplier, rounds, self.delta),
                 "delta": self.delta,
                 "releases": rounds,
                 "outside": [OUTSIDE] if measured else [],
@@ -96,52 +95,6 @@ class PrivacyConfig(Settings):
 
         tasks = frozenset({"train", "install", *measured})
         return Promise(self.at_site, tasks, bool(measured), report)
-
-
-@cache
-def _calibrated(epsilon: float, delta: float, rounds: int) -> float:
-    """Return a noise multiplier for which `spent` is at most `epsilon`; raises `ConfigError`."""
-    import dp_accounting
-    from dp_accounting import mechanism_calibration, rdp
-
-    try:
-        multiplier: float = dp_accounting.calibrate_dp_mechanism(
-            rdp.RdpAccountant,
-            lambda candidate: _event(candidate, rounds),
-            epsilon,
-            delta,
-        )
-    except mechanism_calibration.NoBracketIntervalFoundError:
-        raise ConfigError(
-            f"method.privacy.epsilon={epsilon:g}: the accountant finds no noise for it at "
-            f"delta={delta:g}; choose a larger epsilon or delta, or set noise_multiplier"
-        ) from None
-
-    while spent(multiplier, rounds, delta) > epsilon:  # the search ends on either side of it
-        multiplier *= 1 + 1e-6
-
-    return multiplier
-
-
-def _event(multiplier: float, rounds: int) -> object:
-    import dp_accounting
-
-    return dp_accounting.SelfComposedDpEvent(dp_accounting.GaussianDpEvent(multiplier), rounds)
-
-
-@cache
-def spent(multiplier: float, rounds: int, delta: float) -> float:
-    """Return epsilon after `rounds` releases, by Renyi accounting; 0 before the first."""
-    if rounds == 0:
-        return 0.0
-
-    from dp_accounting import rdp
-
-    accountant = rdp.RdpAccountant()
-    accountant.compose(_event(multiplier, rounds))
-    epsilon: float = accountant.get_epsilon(delta)
-
-    return epsilon
 
 
 def clip(update: Named, clip_norm: float) -> Named:

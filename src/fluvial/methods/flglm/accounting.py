@@ -7,6 +7,7 @@ against any other in its place; a token, which changes all states behind it, and
 import math
 from typing import Any
 
+from fluvial.formatting import epsilon_words
 from fluvial.methods.flglm.leakage.noise import NoiseConfig, spent
 from fluvial.training.config import TrainConfig
 
@@ -53,9 +54,13 @@ def account(
     others = outside(noise, gradients=gradients)
     epsilon = spent(noise, passes)
     heldout = spent(noise, heldout_passes) if noise.inference else None
-    counted = f"epsilon {epsilon:.3g} for each hidden state, sent {_times(passes)} in training"
+    counted = (
+        f"epsilon {epsilon_words(epsilon)} for each hidden state, sent {_times(passes)} in training"
+    )
     if heldout is not None:
-        counted += f", {heldout:.3g} for those of held-out text, sent {_times(heldout_passes)}"
+        counted += (
+            f", {epsilon_words(heldout)} for those of held-out text, sent {_times(heldout_passes)}"
+        )
 
     return {
         "clip": noise.clip,

@@ -7,6 +7,7 @@ import torch
 
 from fluvial.codecs.activations import build_activation
 from fluvial.errors import ConfigError
+from fluvial.formatting import epsilon_words
 from fluvial.methods.flglm.accounting import outside, passes_of_round
 from fluvial.methods.flglm.base_memory import base_rows
 from fluvial.methods.flglm.choice import (
@@ -185,7 +186,7 @@ def _forecast(
         epsilon = spent(config.noise, passes)
         words = (
             f"standard deviation {config.noise.std:.3g} on a norm of at most "
-            f"{config.noise.clip:g}; epsilon at most {epsilon:.3g} at delta "
+            f"{config.noise.clip:g}; epsilon at most {epsilon_words(epsilon)} at delta "
             f"{config.noise.delta:g} for each hidden state of at most {passes} passes of training; "
             f"outside: {'; '.join(outside(config.noise, gradients=config.sends_gradient))}"
         )

@@ -13,7 +13,6 @@ text, counts all hidden states that it changes. Gradients and labels are outside
 
 import hashlib
 import math
-from functools import cache
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fluvial.federation import noise
+from fluvial.federation.epsilon import epsilon_of
 from fluvial.settings import Settings
 
 
@@ -99,14 +99,6 @@ def separation(config: NoiseConfig, releases: int) -> float:
 def spent(config: NoiseConfig, releases: int) -> float:
     """Return epsilon at `config.delta` after `releases` (see `separation`); 0 before the first.
 
-    Exact for Gaussian noise: n releases are one with sigma / sqrt(n) (analytic Gaussian mechanism,
-    Balle and Wang, 2018).
+    Two neighbours are twice the clip apart.
     """
-    return _epsilon(separation(config, releases), config.delta) if releases else 0.0
-
-
-@cache
-def _epsilon(mu: float, delta: float) -> float:
-    from dp_accounting import get_epsilon_gaussian
-
-    return float(get_epsilon_gaussian(1 / mu, delta))
+    return epsilon_of(config.multiplier / 2, releases, config.delta)
