@@ -144,7 +144,7 @@ def test_the_reason_tells_seconds_and_losses_apart(needed: float, words: str) ->
         "up_bytes": 10,
         "down_bytes": 20,
         "run_s": needed,
-        "limits": {"up_bytes": None, "run_s": 12.0},
+        "limits": {"up_bytes": None, "total_bytes": None, "run_s": 12.0},
         "trials": [row, row | {"chosen": False}],
         "base_loss": 6.0,
         "alone_loss": 5.68501,
@@ -260,7 +260,47 @@ def test_a_slow_line_has_a_coded_downlink(timed: Table, tmp_path: Path) -> None:
     assert f'downlink.name = "{chosen["name"]}"' in shown.output
 
 
-def test_only_a_limit_of_time_opens_the_downlink(timed: Table) -> None:
+def test_a_limit_of_both_directions_has_a_coded_downlink(table: Table, tmp_path: Path) -> None:
+    """What a site sends and receives together stays below it, and uses it."""
+    limit = 6000
+    budget = {"total_bytes": limit, "trial_rounds": 2, "trial_sites": 2, "r": [1, 2]}
+    result = run_table(table | {"budget": budget}, tmp_path / "run")
+    choice = result["setup"]["budget"]
+    rows = read_run(tmp_path / "run")["metrics"]
+    moved = {
+        site: sum(row["bytes"][site][f"{way} train"] for row in rows for way in ("up", "down"))
+        for site in rows[0]["bytes"]
+    }
+    assert max(moved.values()) <= choice["up_bytes"] + choice["down_bytes"] <= limit
+    assert max(moved.values()) > 0.9 * limit
+    assert choice["chosen"]["downlink"] is not None
+    words = f"{choice['up_bytes'] + choice['down_bytes']:,} B of 6,000 B in both directions"
+    assert words in choice["why"]
+    tried = {(row["codec"], row["downlink"]) for row in choice["trials"]}
+    assert {"trellis", "powersgd"} <= {up for up, _ in tried}
+    assert {"trellis", "powersgd"} <= {down for _, down in tried}
+
+
+def test_each_limit_of_bytes_bounds_the_run(timed: Table) -> None:
+    """Of two limits the tighter one decides."""
+    config = parse(timed, "test")
+    pool = ModelPool(config.model, config.adapter)
+    found = {}
+    for name, limits in {
+        "up": {"up_bytes": 20_000, "total_bytes": 10**6},
+        "both": {"up_bytes": 10**6, "total_bytes": 20_000},
+    }.items():
+        costs = costs_of(timed, run_s=None, codecs=["trellis"], downlinks=["trellis"], **limits)
+        found[name] = costs.first(Adapter(None, None, None), pool, [Pair("trellis", "trellis")])
+    up, both = found["up"], found["both"]
+    assert up is not None
+    assert both is not None
+    assert 19_000 < up.up_bytes <= 20_000
+    assert 19_000 < both.up_bytes + both.down_bytes <= 20_000
+
+
+def test_only_a_limit_that_counts_downloads_opens_the_downlink(timed: Table) -> None:
+    assert Open.of(parse(timed | {"budget": {"total_bytes": 3000}}, "test")).downlink
     assert not Open.of(parse(timed | {"budget": {"up_bytes": 3000}}, "test")).downlink
     limited = timed | {"budget": {"run_s": 99.0}}
     assert Open.of(parse(limited, "test")).downlink
@@ -278,7 +318,7 @@ def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"budget": {}}, "a budget needs one of the two"),
+        ({"budget": {}}, "a budget needs one of the three"),
         ({"budget": {"run_s": 10.0}}, "budget.run_s: no line is known"),
         ({"budget": BUDGET | {"downlinks": ["int8"]}}, "downlinks: without effect"),
         ({"codec": {"name": "auto"}}, "the budget chooses the codec"),

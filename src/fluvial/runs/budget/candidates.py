@@ -240,9 +240,20 @@ class Costs:
         )
 
     def _fits(self, candidate: Candidate) -> bool:
+        up = candidate.up_bytes // self.config.rounds
+        return self._affords(candidate.downs, up, candidate.train_s)
+
+    def _affords(self, downs: tuple[int, int], up: int, train_s: float | None) -> bool:
+        """Return whether the budget has what all rounds need, with `up` bytes of a site in each."""
         budget = self.budget
-        few = budget.up_bytes is None or candidate.up_bytes <= budget.up_bytes
-        return few and (candidate.run_s is None or candidate.run_s <= (budget.run_s or math.inf))
+        first, later = downs
+        sent = self.config.rounds * up
+        received = first + (self.config.rounds - 1) * later
+        return (
+            sent <= (budget.up_bytes or math.inf)
+            and sent + received <= (budget.total_bytes or math.inf)
+            and (train_s is None or self._run_s(downs, up, train_s) <= (budget.run_s or math.inf))
+        )
 
     def _around(self, candidate: Candidate, rate: float) -> int:
         """Return the bytes of a round beyond a frame with a rate, of the way that has more."""
@@ -254,23 +265,17 @@ class Costs:
 
     def _most(self, finest: Candidate, train_s: float | None) -> int:
         """Return the bytes that a site may have in a round beside `train_s`, in each way whose
-        codec has a rate; 0 where there is no time for any."""
-        rounds = self.config.rounds
-        budget = self.budget
+        codec has a rate; 0 where the budget has room for none."""
         pair = finest.pair
-        up = finest.up_bytes // rounds
+        up = finest.up_bytes // self.config.rounds
         most = max(up, finest.downs[1]) if pair.rated_down else up
-        if pair.rated_up and budget.up_bytes is not None:
-            most = budget.up_bytes // rounds
-        if budget.run_s is None or train_s is None:
-            return most
 
         fits = 0
-        while most - fits > 1:  # the time grows with the bytes
+        while most - fits > 1:  # bytes and time grow together
             middle = (fits + most) // 2
             downs = (finest.downs[0], middle if pair.rated_down else finest.downs[1])
             sent = middle if pair.rated_up else up
-            if self._run_s(downs, sent, train_s) <= budget.run_s:
+            if self._affords(downs, sent, train_s):
                 fits = middle
             else:
                 most = middle

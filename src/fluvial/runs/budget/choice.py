@@ -2,7 +2,7 @@
 
 Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with the fewest steps, then
 the numbers of steps for the two best adapters, then for the best of these the codecs of the
-downlink, where a limit of time leaves it open, and those of the uplink. Every candidate has the
+downlink, where a limit counts downloads, and those of the uplink. Every candidate has the
 largest frames that the budget allows it, so all are compared at equal cost.
 """
 
@@ -254,7 +254,7 @@ class _Search:
             "up_bytes": candidate.up_bytes,
             "down_bytes": candidate.down_bytes,
             "run_s": candidate.run_s,
-            "limits": {"up_bytes": self.budget.up_bytes, "run_s": self.budget.run_s},
+            "limits": self.budget.limits,
             "trials": [
                 self._row(tried, chosen=tried.candidate is candidate) for tried in self.tried
             ],
@@ -307,12 +307,17 @@ def _rate(codec: CodecSettings | None, layout: Layout, size: int) -> float:
 
 def _why(record: dict[str, Any]) -> str:
     """Return the reason for a choice in one sentence."""
+    limits = record["limits"]
     bytes_words = f"{record['up_bytes']:,} B up"
-    if record["limits"]["up_bytes"] is not None:
-        bytes_words += f" of {record['limits']['up_bytes']:,} B"
-    if record["run_s"] is not None:
+    if limits["up_bytes"] is not None:
+        bytes_words += f" of {limits['up_bytes']:,} B"
+    if limits["total_bytes"] is not None:
+        both = record["up_bytes"] + record["down_bytes"]
+        bytes_words += f", {both:,} B of {limits['total_bytes']:,} B in both directions"
+    elif record["run_s"] is not None:
         bytes_words += f", receives {record['down_bytes']:,} B"
-        bytes_words += f" and needs {_seconds(record['run_s'], record['limits']['run_s'])}"
+    if record["run_s"] is not None:
+        bytes_words += f" and needs {_seconds(record['run_s'], limits['run_s'])}"
 
     if not record["trials"]:
         return f"nothing is open; the run sends at most {bytes_words} for a site"

@@ -17,6 +17,8 @@ class BudgetConfig(Settings):
 
     up_bytes: int | None = Field(None, ge=1, le=10**15)
     """Bytes that one site may send for training in the whole run, headers included."""
+    total_bytes: int | None = Field(None, ge=1, le=10**15)
+    """Bytes that one site may send and receive for training in the whole run, headers included."""
     run_s: float | None = Field(None, ge=1e-3, le=1e9)
     """Seconds that all rounds may take over `fleet.line`: local steps and coding as measured on
     this machine, and the transfer in both directions. Measures, set-up and baselines come on
@@ -32,11 +34,12 @@ class BudgetConfig(Settings):
     """Candidates of `train.max_steps`, where neither it nor `train.num_train_epochs` is set."""
     codecs: Annotated[tuple[TriedCodec, ...], Field(min_length=1)] | None = None
     """Candidates of the codec, where there is no `[codec]`, the most exact first. Each has the rate
-    that the budget allows, and error feedback. Unset, they are int8, int4 and trellis, and with
-    `run_s` also nf4."""
-    downlinks: tuple[TriedDownlink, ...] = Field(("exact", "int8", "nf4", "trellis"), min_length=1)
-    """Candidates of the downlink's codec, where there is no `[downlink]` and `run_s` limits the
-    time; "exact" codes nothing."""
+    that the budget allows, and error feedback. Unset, they are int8, int4 and trellis, with
+    `run_s` also nf4, and with `total_bytes` also nf4 and powersgd."""
+    downlinks: Annotated[tuple[TriedDownlink, ...], Field(min_length=1)] | None = None
+    """Candidates of the downlink's codec, where there is no `[downlink]` and `run_s` or
+    `total_bytes` counts downloads; "exact" codes nothing. Unset, they are exact, int8, nf4 and
+    trellis, and with `total_bytes` also powersgd."""
     trial_rounds: int = Field(8, ge=2, le=10**4)
     """Rounds of the longest trials, at most those of the run; the worse two thirds of the adapters
     end after a quarter of them, and two thirds of the rest after a half."""
@@ -49,15 +52,40 @@ class BudgetConfig(Settings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        if self.up_bytes is None and self.run_s is None:
-            yield "up_bytes, run_s: a budget needs one of the two; set it, or remove the table"
-        if self.run_s is None and self.downlinks != type(self).model_fields["downlinks"].default:
-            yield "downlinks: without effect, because only run_s counts downloads; remove it"
+        if self.up_bytes is None and not self.counts_downloads:
+            yield (
+                "up_bytes, total_bytes, run_s: a budget needs one of the three; set it, or remove "
+                "the table"
+            )
+        if self.downlinks is not None and not self.counts_downloads:
+            yield (
+                "downlinks: without effect, because only total_bytes and run_s count downloads; "
+                "remove it"
+            )
+
+    @property
+    def limits(self) -> dict[str, float | None]:
+        """Return the limits by name, None for one that is not set."""
+        return {name: getattr(self, name) for name in ("up_bytes", "total_bytes", "run_s")}
+
+    @property
+    def counts_downloads(self) -> bool:
+        """Return whether a limit counts what a site receives."""
+        return self.total_bytes is not None or self.run_s is not None
 
     @property
     def tried_codecs(self) -> tuple[TriedCodec, ...]:
         """Return the candidates of the codec."""
         if self.codecs is not None:
             return self.codecs
-        cheap: tuple[TriedCodec, ...] = () if self.run_s is None else ("nf4",)
-        return ("int8", "int4", *cheap, "trellis")
+        cheap: tuple[TriedCodec, ...] = ("nf4",) if self.counts_downloads else ()
+        low_rank: tuple[TriedCodec, ...] = () if self.total_bytes is None else ("powersgd",)
+        return ("int8", "int4", *cheap, "trellis", *low_rank)
+
+    @property
+    def tried_downlinks(self) -> tuple[TriedDownlink, ...]:
+        """Return the candidates of the downlink's codec."""
+        if self.downlinks is not None:
+            return self.downlinks
+        low_rank: tuple[TriedDownlink, ...] = () if self.total_bytes is None else ("powersgd",)
+        return ("exact", "int8", "nf4", "trellis", *low_rank)

@@ -39,7 +39,7 @@ def stages(
         done = until
 
     others = (
-        len(budget.downlinks) - 1 if free.downlink else 0,
+        len(budget.tried_downlinks) - 1 if free.downlink else 0,
         len(budget.tried_codecs) - 1 if free.codec else 0,
     )
     finalists = min(FINALISTS, num_adapters)

@@ -69,7 +69,7 @@ def pairs(budget: BudgetConfig, free: Open) -> list[Pair]:
     Where the downlink is not open, the order is that of the settings.
     """
     ups = budget.tried_codecs if free.codec else (None,)
-    downs = budget.downlinks if free.downlink else (None,)
+    downs = budget.tried_downlinks if free.downlink else (None,)
     found = [Pair(up, down) for up in ups for down in downs]
     return sorted(found, key=lambda pair: pair.coarseness) if free.downlink else found
 
@@ -78,7 +78,7 @@ def other_downlinks(winner: Pair, budget: BudgetConfig, free: Open) -> list[Pair
     """Return the winner with each other candidate of the downlink; none where that is not open."""
     if not free.downlink:
         return []
-    return [Pair(winner.up, name) for name in budget.downlinks if name != winner.down]
+    return [Pair(winner.up, name) for name in budget.tried_downlinks if name != winner.down]
 
 
 def other_codecs(winner: Pair, budget: BudgetConfig, free: Open) -> list[Pair]:

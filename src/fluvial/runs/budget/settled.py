@@ -22,7 +22,7 @@ class Open:
     max_steps: bool
     codec: bool
     downlink: bool
-    """True only beside `budget.run_s`, which alone counts downloads."""
+    """True only beside a limit that counts downloads."""
 
     @classmethod
     def of(cls, config: RunConfig) -> "Open":
@@ -36,7 +36,7 @@ class Open:
             config.codec is None,
             config.downlink is None
             and config.budget is not None
-            and config.budget.run_s is not None,
+            and config.budget.counts_downloads,
         )
 
     def __bool__(self) -> bool:
@@ -80,8 +80,7 @@ def nothing_fits(config: RunConfig, free: Open, tried: int) -> str:
     fit, and the remedy."""
     budget = config.budget
     assert budget is not None
-    named = {"up_bytes": budget.up_bytes, "run_s": budget.run_s}
-    limits = [f"budget.{name}={limit:.12g}" for name, limit in named.items() if limit is not None]
+    limits = [f"budget.{name}={limit:.12g}" for name, limit in budget.limits.items() if limit]
     rounds = f"in {config.rounds} rounds"
     if free.codec:
         words = f"no adapter of {tried} tried has a codec that needs so little {rounds}; "
