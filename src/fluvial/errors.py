@@ -8,6 +8,7 @@
     ├── WireError                bytes from outside break the format or a limit
     │   └── ChannelError         bytes of a secure channel are not authentic, in order or in time
     ├── ClientError              a site raised or stayed silent, or the quorum was missed
+    │   └── UnfitSiteError       a site and a run do not fit together, until one of them is changed
     ├── CheckpointError          a run folder cannot be written, locked or resumed
     ├── GateError                a codec did not carry held-out updates and is refused
     ├── PrivacyError             a release is outside the privacy budget of a site
@@ -53,6 +54,10 @@ class ChannelError(WireError):
 
 class ClientError(FluvialError):
     """A site raised or stayed silent, or fewer sites than the quorum answered."""
+
+
+class UnfitSiteError(ClientError):
+    """A site does not take part in a run, and would not if it were asked again unchanged."""
 
 
 class CheckpointError(FluvialError):

@@ -143,8 +143,8 @@ def content(answer: Payload, **header: Any) -> RecordDict:
     return pack(answer.to_bytes(), {"error": "", **header})
 
 
-def refusal(text: str) -> RecordDict:
-    return pack(b"", {"error": text})
+def refusal(text: str, *, refuses: bool = False) -> RecordDict:
+    return pack(b"", {"error": text, "refuses": refuses})
 
 
 def echo(site: str, header: Header, wire: bytes) -> RecordDict:
@@ -173,6 +173,7 @@ class Stand:
         limits: Limits | None = None,
         names: tuple[str, ...] = NAMES,
         registered: Callable[[], dict[int, str]] = dict,
+        join_timeout_s: float = 0.5,
         **policy: Any,
     ) -> tuple[Fleet, FakeGrid]:
         grid = FakeGrid(answer, fingerprints(self.pool))
@@ -184,7 +185,7 @@ class Stand:
             names,
             self.pool,
             registered=registered,
-            join_timeout_s=0.5,
+            join_timeout_s=join_timeout_s,
             poll_s=0.001,
             limits=limits,
         )
@@ -388,7 +389,31 @@ def test_the_log_names_the_site_of_a_registered_key(
         assert line in caplog.messages
 
 
-def test_who_was_refused_may_come_when_it_is_mended(
+def greetings(grid: FakeGrid, node: int) -> int:
+    """Return how often a node was invited."""
+    return sum(each == node and header.task == JOIN for each, header, _ in grid.seen)
+
+
+def test_the_return_of_a_refused_site_is_seen_while_others_answer(stand: Stand) -> None:
+    """It leaves and comes back within a round, as the same node."""
+    late = at("west", lambda: None)
+    fleet, grid = stand(late, join_timeout_s=0.05, deadline_s=0.1, **SKIP)
+    grid.greet = lambda node: (
+        refusal("no", refuses=True) if node == 2 else grid.hello(NAMES[node - 1])
+    )
+    met(fleet)
+    grid.greet = None
+    looks = itertools.count()
+    seen = grid.get_node_ids
+    grid.get_node_ids = lambda: (  # type: ignore[method-assign]
+        [node for node in seen() if node != 2] if next(looks) == 1 else seen()
+    )
+    assert len(ask(fleet, ("north", "west"))) == 1
+    assert greetings(grid, 2) == 2
+    assert len(ask(fleet, ("north", "south"), round=2)) == 2
+
+
+def test_who_failed_may_come_when_it_is_mended(
     stand: Stand, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fluvial.flower.nodes, "_AGAIN_S", 0.05)

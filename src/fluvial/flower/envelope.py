@@ -13,7 +13,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fluvial.errors import ClientError, WireError
+from fluvial.errors import ClientError, UnfitSiteError, WireError
 from fluvial.federation.failures import reason_of
 from fluvial.federation.times import read_list
 
@@ -87,7 +87,8 @@ class Opened:
 def open_reply(reply: Message, *, max_bytes: int) -> Opened:
     """Return what a reply holds.
 
-    Raises `ClientError` with the site's own text, or Flower's, if the site failed, and `WireError`.
+    Raises `ClientError` with the site's own text, or Flower's, if the site failed, `UnfitSiteError`
+    where it refused, and `WireError`.
     """
     if reply.has_error():
         raise ClientError(flower_error(reply))
@@ -97,7 +98,8 @@ def open_reply(reply: Message, *, max_bytes: int) -> Opened:
     if not isinstance(error, str):
         raise WireError(f"header: error={error!r:.40}, expected text")
     if error:
-        raise ClientError(error[:4000])
+        kind = UnfitSiteError if header.get("refuses") is True else ClientError
+        raise kind(error[:4000])
 
     return Opened(data, header.get("kept") is True, read_list(header.get("times")))
 

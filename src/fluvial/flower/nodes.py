@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fluvial.errors import ClientError, WireError
+from fluvial.errors import ClientError, UnfitSiteError, WireError
 from fluvial.federation.failures import reason_of
 from fluvial.flower.envelope import open_reply
 from fluvial.wire.payload import Limits, Payload
@@ -17,8 +17,9 @@ logger = logging.getLogger(__name__)
 _LOOK_S = 1.0
 """Seconds between two looks at which nodes are connected, while a site is missing."""
 _AGAIN_S = 10.0
-"""Seconds after which a refused node is invited again, because its operator may have removed the
-cause."""
+"""Seconds after which a node that failed or stayed silent is invited again."""
+_REFERENCE = " (reference "
+"""Mark before the number of an error in a site's own log, which differs each time."""
 _MAX_BYTES = 2**20
 """Largest answer to an invitation, in bytes."""
 
@@ -92,7 +93,11 @@ class Nodes:
         self._looked_s = float("-inf")
 
     def look(self) -> None:
-        """Invite new nodes, forget those that have left, and refuse those that stay silent."""
+        """Invite new nodes, forget those that have left, and refuse those that stay silent.
+
+        A node that left and came back is new: its site was started again, perhaps with another
+        file.
+        """
         now = time.monotonic()
         if now - self._looked_s >= self._look_s:
             self._looked_s = now
@@ -140,7 +145,8 @@ class Nodes:
         try:
             name = self._name(node, reply)
         except (ClientError, WireError) as problem:
-            self._refuse(node, reason_of(str(problem)))
+            fails = isinstance(problem, ClientError) and not isinstance(problem, UnfitSiteError)
+            self._refuse(node, reason_of(str(problem)), for_good=not fails)
             return
 
         other = self._nodes.get(name, node)
@@ -152,7 +158,8 @@ class Nodes:
         self._refused.pop(node, None)
 
     def _name(self, node: int, reply: Message) -> str:
-        """Return the name of a node's site; raise `ClientError` if it may not take part."""
+        """Return the name of a node's site; raise `ClientError` where it failed, and
+        `UnfitSiteError` or `WireError` if it may not take part."""
         data = open_reply(reply, max_bytes=_MAX_BYTES).data
         answer = Payload.from_bytes(data, self._limits)
         name: str = answer.value("site", str)
@@ -160,19 +167,19 @@ class Nodes:
         key = self._registered().get(node, name)
 
         if key != name and name in self._names:
-            raise ClientError(
+            raise UnfitSiteError(
                 f"a site says that it is {name!r:.70}, and its key was registered for {key!r}"
             )
 
         for kind, own in self._fingerprints.items():
             if prints.get(kind) != own:
-                raise ClientError(
+                raise UnfitSiteError(
                     f"site {name!r} has another {kind} ({prints.get(kind)!r:.40}, here {own!r}); "
                     "give both the same"
                 )
 
         if name in self.keepers and not answer.value("known", bool):
-            raise ClientError(
+            raise UnfitSiteError(
                 f"site {name!r} has lost what it kept for this run; restore its folder, or begin a "
                 "new run"
             )
@@ -182,7 +189,9 @@ class Nodes:
     def _refuse(self, node: int, reason: str, *, for_good: bool = False) -> None:
         name = self._registered().get(node)
         who = f"node {node}" if name is None else f"site {name!r}"
-        if self._refused.get(node, ("",))[0] != reason:
-            again = "" if for_good else f"; it is asked again every {_AGAIN_S:g} s"
-            logger.warning("%s does not take part: %s%s", who, reason, again)
+        before = self._refused.get(node, ("",))[0]
+        if before.partition(_REFERENCE)[0] != reason.partition(_REFERENCE)[0]:
+            when = "when it has been started again" if for_good else f"every {_AGAIN_S:g} s"
+            again = f"it is asked again {when}"
+            logger.warning("%s does not take part: %s; %s", who, reason, again)
         self._refused[node] = reason, float("inf") if for_good else time.monotonic() + _AGAIN_S

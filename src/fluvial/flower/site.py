@@ -10,7 +10,7 @@ from typing import Any
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fluvial.errors import RefusalError
+from fluvial.errors import ConfigError, PrivacyError, RefusalError
 from fluvial.federation.times import to_list
 from fluvial.flower.channel_keys import site_end
 from fluvial.flower.envelope import pack, unpack
@@ -68,7 +68,7 @@ def respond(site: SiteFile, message: Message) -> tuple[bytes, dict[str, Any]]:
     except Exception as problem:
         error = here.refusal(header, problem)
         logger.warning("site %s: %s", site.name, error)
-        return b"", {"error": error}
+        return b"", {"error": error, "refuses": isinstance(problem, ConfigError | PrivacyError)}
 
     told: dict[str, Any] = {"error": "", "kept": answer.kept}
     if answer.times is not None:

@@ -175,6 +175,8 @@ class FlowerTransport:
         """See `Transport`."""
         until_s = float("inf") if timeout_s is None else time.monotonic() + timeout_s
         while True:
+            if self._nodes.missing:
+                self._nodes.look()  # only one that was seen to leave is asked again
             left = self._send_held()
             if self._ready:
                 return self._ready.popleft()
