@@ -4,14 +4,14 @@ import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from benchmarks.budget import adapters, choice
+from benchmarks.budget import adapters, both, choice
 from benchmarks.budget.bed import FULL, QUICK, Bed, Runs
 from benchmarks.cgfedllm.bed import CORPORA
 from benchmarks.codecs.cache import SOURCE
 from benchmarks.options import parser_of
 from benchmarks.report import Report
 
-PARTS = {"choice": choice, "adapters": adapters}
+PARTS = {"choice": choice, "both": both, "adapters": adapters}
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from fluvial.data import SiteTexts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.budget.candidates import Costs, adapters, with_choice
 from fluvial.runs.budget.choice import choose
-from fluvial.runs.budget.pairs import pairs
+from fluvial.runs.budget.pairs import Pair, pairs
 from fluvial.runs.budget.settled import Open, settle
 from fluvial.runs.config import RunConfig
 
@@ -44,13 +44,14 @@ def chosen(config: RunConfig) -> Row:
     return choose(config, pool, texts)
 
 
-def by_hand(config: RunConfig) -> list[RunConfig]:
-    """Return the configurations of all adapters of the grid, each at the budget."""
+def by_hand(config: RunConfig, tried: Sequence[Pair] | None = None) -> list[RunConfig]:
+    """Return the configurations of all adapters of the grid, each at the budget, with the first of
+    the `tried` codecs that fits; None stands for those that the budget tries."""
     assert config.budget is not None
     pool = ModelPool(config.model, config.adapter)
     texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
     costs = Costs(config, config.budget, texts)
-    tried = pairs(config.budget, Open.of(config))
+    tried = pairs(config.budget, Open.of(config)) if tried is None else tried
     found = []
     for adapter in adapters(config.budget, Open.of(config)):
         own = pool.beside(with_choice(config, adapter).adapter)
@@ -118,14 +119,15 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
         ]
         if seed == 0:
             rows += [
-                figures.row(f"by hand: r {each.lora.r} on {_words(each)}", runs.one(each))
+                figures.row(f"by hand: r {each.lora.r} on {words_of(each)}", runs.one(each))
                 for each in by_hand(config)
             ]
 
     return rows
 
 
-def _words(config: RunConfig) -> str:
+def words_of(config: RunConfig) -> str:
+    """Return the modules of an adapter in words."""
     targets = config.lora.target_modules
     return (
         "+".join(targets)
