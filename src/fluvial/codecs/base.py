@@ -141,6 +141,10 @@ class Codec(ABC):
     exact: ClassVar[bool] = False
     """True where every frame has the bytes that `frame_size` tells; else it is at most so long."""
 
+    fills: ClassVar[bool] = True
+    """True where every frame has about these bytes, unless most values of the update are zero; else
+    an update of few directions or other distribution needs fewer."""
+
     def __init__(self, settings: CodecSettings, layout: Layout) -> None:
         self.settings = settings
         self.layout = layout

@@ -51,6 +51,7 @@ class PowerSgd(Codec):
     """
 
     code: ClassVar[int] = 17
+    fills: ClassVar[bool] = False
     settings: PowerSgdSettings
 
     def __init__(self, settings: PowerSgdSettings, layout: Layout) -> None:

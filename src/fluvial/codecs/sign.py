@@ -154,6 +154,7 @@ class Ternary(Masked):
     """
 
     code: ClassVar[int] = 9
+    fills: ClassVar[bool] = False
     alphabet = 2
 
     def __init__(self, settings: TernarySettings, layout: Layout) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from fluvial.codecs import CodecSettings, must_learn
+from fluvial.codecs import CODECS, CodecSettings, must_learn
 from fluvial.codecs.forecast import frame_size
 from fluvial.codecs.naming import configured_in
 from fluvial.codecs.quantise import IdentitySettings
@@ -165,7 +165,9 @@ def line_row(seconds: float) -> CheckRow:
 def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:
     """Return the rows about updates of `frame` bytes."""
     total = frame * config.cohort(given.sites) * given.rounds
-    size = f"{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"
+    kind = CODECS.get(given.codec.name)
+    up_to = "" if kind is None or kind.fills else "up to about "
+    size = f"{up_to}{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"
     if given.codec.snr_driven:
         return [
             ("frame of an update in round 1", size),
@@ -173,7 +175,7 @@ def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRo
         ]
     return [
         ("frame of an update", size),
-        ("up, whole run", f"{total:,} B from all sites, {UNCOUNTED}"),
+        ("up, whole run", f"{up_to}{total:,} B from all sites, {UNCOUNTED}"),
     ]
 
 

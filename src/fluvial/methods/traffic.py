@@ -78,9 +78,10 @@ def unknown(why: str) -> Bytes:
     return Bytes(unknown=why)
 
 
-def coded_frame(settings: CodecSettings, layout: Layout) -> Bytes:
+def coded_frame(settings: CodecSettings, layout: Layout, *, sparse: bool = False) -> Bytes:
     """Return the bytes of a coded update of `layout`: exact, within `CODED`, or anything up to the
-    budget where a typical update leaves some of it, since others then have other lengths."""
+    budget. The last is for codecs that leave some of it where an update has little to send, and for
+    updates most of whose values may be zero, `sparse`."""
     if isinstance(settings, AutoSettings):
         return unknown("codec 'auto' is chosen by measurement when the run starts")
     if settings.snr_driven:
@@ -91,9 +92,9 @@ def coded_frame(settings: CodecSettings, layout: Layout) -> Bytes:
     if kind.exact:
         return exactly(size)
     most = kind.frame_size(settings, layout)
-    if size < (1 - CODED) * most:
+    if size < (1 - CODED) * most or sparse or not kind.fills:
         return Bytes(0, most)
-    return Bytes(int(size * (1 - CODED)), int(size * (1 + CODED)) + 1)
+    return Bytes(int(size * (1 - CODED)), min(int(size * (1 + CODED)) + 1, most))
 
 
 def envelope(*values: Mapping[str, Value], frame: bool = True) -> Bytes:

@@ -1,9 +1,16 @@
 """Predicted bytes of a coded update, against frames of updates of several distributions."""
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 
 from fluvial.codecs import build, read_settings
+from fluvial.methods.fedcybgd import predict
+from fluvial.methods.fedcybgd.blocks import is_sparse, partition
+from fluvial.methods.fedcybgd.config import FedCyBgdConfig
+from fluvial.methods.interface import Given
 from fluvial.methods.traffic import coded_frame
 from fluvial.wire.tensors import Layout
 
@@ -13,8 +20,8 @@ LAYOUT = Layout(
 )
 
 
-@pytest.mark.parametrize("name", ["ternary", "trellis", "top_k", "hadamard", "int8"])
-@pytest.mark.parametrize("kind", ["normal", "laplace", "zero A"])
+@pytest.mark.parametrize("name", ["ternary", "powersgd", "trellis", "top_k", "hadamard", "int8"])
+@pytest.mark.parametrize("kind", ["normal", "laplace", "zero A", "one direction"])
 def test_a_frame_is_within_its_prediction(name: str, kind: str) -> None:
     settings = read_settings({"name": name} | ({} if name == "int8" else {"rate": 16}))
     random = torch.Generator().manual_seed(0)
@@ -23,8 +30,33 @@ def test_a_frame_is_within_its_prediction(name: str, kind: str) -> None:
         values = torch.randn(shape, generator=random)
         if kind == "laplace":
             values = values.sign() * torch.empty(shape).exponential_(generator=random)
+        if kind == "one direction":
+            values = torch.outer(values[:, 0], values[0])
         update[tensor] = 1e-3 * values * (kind != "zero A" or "lora_B" in tensor)
 
     predicted = coded_frame(settings, LAYOUT)
     assert predicted.least <= len(build(settings, LAYOUT).encode(update, round=1)) <= predicted.most
-    assert ("at most" in predicted.words) == (name == "ternary")
+    assert ("at most" in predicted.words) == (name in ("ternary", "powersgd"))
+
+
+@pytest.mark.parametrize("name", ["top_k", "eden", "trellis", "powersgd", "dct_top_k"])
+def test_a_block_of_embeddings_is_within_its_prediction(name: str) -> None:
+    """Of 2,000 rows the site's tokens change 20; with a tied head all change."""
+    layers = tuple((f"model.layers.{n}.mlp.up_proj.weight", (64, 32)) for n in range(2))
+    tied = Layout((("model.embed_tokens.weight", (2000, 32)), *layers))
+    untied = Layout((("lm_head.weight", (2000, 32)), *tied.shapes))
+    settings = read_settings({"name": name, "rate": 16})
+    up = {}
+    for layout in (tied, untied):
+        first, *_, block = partition(layout, extra=("embeddings",)).blocks
+        assert not is_sparse(first, layout)
+        config = FedCyBgdConfig(extra=("embeddings",))
+        up[layout] = predict(config, cast(Given, SimpleNamespace(layout=layout, codec=settings)), 1)
+
+    change = torch.zeros(2000, 32)
+    change[:20] = 1e-3 * torch.randn(20, 32, generator=torch.Generator().manual_seed(0))
+    frame = build(settings, block.layout).encode({"model.embed_tokens.weight": change}, round=1)
+    assert up[untied].up.least <= len(frame) <= up[untied].up.most
+    assert up[untied].up.words.startswith("at most ")
+    small = coded_frame(settings, first.layout)
+    assert (up[tied].up.least >= small.least > 0) == (name != "powersgd")

@@ -21,6 +21,7 @@ from fluvial.federation.bounds import FEWEST_COMPARED
 from fluvial.federation.line import round_s
 from fluvial.federation.sites import refuse_learned
 from fluvial.formatting import human_seconds
+from fluvial.methods.fedcybgd.blocks import is_sparse
 from fluvial.methods.fedcybgd.config import CentralCyclicConfig, Config, FedCyBgdConfig, partition
 from fluvial.methods.fedcybgd.download import (
     CacheDownload,
@@ -121,7 +122,11 @@ def predict(config: Config, given: Given, round: int) -> Traffic:  # noqa: ARG00
     """Predict the bytes up of one visit to any block; with pooled data, of visits to all."""
     blocks = partition(config, given.layout).blocks
     around = answer(loss=FULL_LOSS, visit="1.0") + Bytes(0, _LONG_VISIT)
-    updates = [coded_frame(given.codec, block.layout) + around for block in blocks]
+    frames = [
+        coded_frame(given.codec, block.layout, sparse=is_sparse(block, given.layout))
+        for block in blocks
+    ]
+    updates = [frame + around for frame in frames]
     down = unknown("a visit brings what changed since the site's last one, see the rows above")
 
     if isinstance(config, CentralCyclicConfig):

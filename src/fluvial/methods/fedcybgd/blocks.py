@@ -222,5 +222,13 @@ def _kind(name: str, shape: tuple[int, ...]) -> Extra:
     return "norm" if len(shape) < 2 else "embeddings"
 
 
+def is_sparse(block: Block, layout: Layout) -> bool:
+    """Return whether an update of a block of the `layout` changes the rows of a site's tokens
+    alone: embeddings without a layer, of a model whose head is not tied to them."""
+    kinds = {_kind(name, shape) for name, shape in block.layout.shapes}
+    untied = any(map(_HEAD.search, layout.names))
+    return untied and not block.layers and "embeddings" in kinds and "head" not in kinds
+
+
 def _part(layout: Layout, names: set[str]) -> Layout:
     return Layout(tuple(entry for entry in layout.shapes if entry[0] in names))
