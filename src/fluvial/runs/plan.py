@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 _ENVELOPE = 64
 """Bytes by which rounds may differ through the digits of their numbers."""
+_LOPSIDED = 8
+"""Factor of what a site receives over what it sends, from which an uncoded downlink is remarked."""
 _CONTEXT = 64
 """Tokens before one that it is decoded with."""
 _CUT = "\N{REPLACEMENT CHARACTER}"
@@ -225,6 +227,19 @@ def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return pieces
 
 
+def _lopsided(config: RunConfig, forecast: Forecast) -> bool:
+    """Return whether downloads that no codec shortens are most of the bytes, and of the time where
+    the line is known."""
+    line = config.fleet.line
+    faster = 1.0 if line is None else line.down_mbit_s / line.up_mbit_s
+    return (
+        config.entry.traits.receives == "downlink"
+        and config.downlink is None
+        and config.rounds > 1
+        and forecast.down > _LOPSIDED * max(1.0, faster) * forecast.frame > 0
+    )
+
+
 def _notes(config: RunConfig, forecast: Forecast, remarks: Sequence[str]) -> list[str]:
     notes = [f"method: {config.entry.paper}", *remarks]
     if isinstance(config.coding, AutoSettings):
@@ -241,6 +256,13 @@ def _notes(config: RunConfig, forecast: Forecast, remarks: Sequence[str]) -> lis
         notes.append(
             f"fleet.line: no time is predicted, because method {config.method.name!r} does not "
             "predict its bytes"
+        )
+
+    if _lopsided(config, forecast):
+        notes.append(
+            f"downlink: from round 2 a site receives {forecast.down:,} B in a round, "
+            f"{forecast.down / forecast.frame:.0f} times what it sends; if its downloads count too, "
+            'add [downlink] with name = "trellis" and rate = 32'
         )
 
     iterations = config.coding.fit_iterations
