@@ -134,7 +134,8 @@ def init(
     if unfit is not None:
         faults.include(unfit)
     if not asks or named.is_faulty or faults.count:
-        named.include_faults(renamed, decide, faults)
+        known = None if model is None or unfit is not None else looked_at_model(model)
+        named.include_faults(renamed, decide, known, faults)
     if unfit is not None and faults.count == 1:
         raise unfit  # it may be of a kind of its own
     faults.raise_any()

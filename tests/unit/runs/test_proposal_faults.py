@@ -1,7 +1,12 @@
 """Faults of the files that `fluvial init` is given: all are told at once."""
 
+import copy
 import json
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -10,6 +15,11 @@ from fluvial.data.readers import read_file
 from fluvial.data.reading import Reading
 from fluvial.data.rows import FaultyRowsError
 from fluvial.errors import ConfigError
+from fluvial.runs.proposal.heldout import ALL, fitted
+from fluvial.runs.proposal.lengths import include_unfit
+from fluvial.runs.proposal.models import look_at_model
+from fluvial.runs.proposal.records import facts_about, read_records
+from fluvial.runs.proposal.settings import Answers, chat_template
 from tests.unit.runs.test_proposal import answers, run_init, written
 
 
@@ -110,6 +120,51 @@ def test_a_model_and_limits_that_are_wrong_are_told_beside_the_records() -> None
         "--public: without effect on the method of these limits",
         "--site-column 'town': ",
     )
+
+
+def test_records_that_do_not_fit_the_model_are_told_beside_the_others(tiny_model: Path) -> None:
+    """Answers beyond its context, in the records and in those that are held out."""
+    long = [
+        row | {name: row[name] + " word" * 90 for name in ("question", "answer")}
+        for row in answers(4)
+    ]
+    data, asked = written(long), written(long[:3], "asked.jsonl")
+    with pytest.raises(ConfigError) as caught:
+        run_init(
+            *("--yes", "--model", str(tiny_model), "--data", data, "--heldout", asked),
+            *("--limit", "slow-links", "--public", "no.txt"),
+        )
+    assert fits(
+        str(caught.value).splitlines()[1:],
+        "12 of 12 records are longer than data.max_length=128, and of their answer no token",
+        "3 of 3 records are longer than data.max_length=128",
+        "--public: there is no file or folder 'no.txt'",
+    )
+
+
+def test_conversations_that_no_template_renders_are_told_beside_the_others(
+    tiny_model: Path, tokenizer: Any
+) -> None:
+    """Held-out conversations alone need the template too."""
+    turns = [("user", "Who?"), ("assistant", "It")]
+    good = [{"messages": [{"role": role, "content": text} for role, text in turns]}]
+    bad = [{"messages": [{"role": "tool", "content": "x"}, *good[0]["messages"][1:]]}]
+    sources = [written(answers(4), "a.jsonl"), written(good * 3 + bad, "b.jsonl")]
+    parts = [facts_about(read_records(source), {}) for source in sources]
+    bare = copy.copy(tokenizer)
+    bare.chat_template = None
+    model = replace(look_at_model(str(tiny_model)), tokenizer=bare)
+    for given in ((parts, []), (parts[:1], parts[1:])):
+        faults = defaultdict[str, Faults](Faults)
+        include_unfit(*given, model, faults)
+        (line,) = faults["b.jsonl"].first
+        assert line.startswith("b.jsonl, line 4: the chat template refuses the conversation")
+        assert faults["a.jsonl"].count == 0
+
+    apart = fitted({ALL: read_records("b.jsonl")}, parts[0])
+    for heldout, needed in ((apart, ["plain"]), ({}, [])):
+        known = cast(Answers, SimpleNamespace(model=model, heldout=heldout))
+        assert [each.value for each in chat_template(known, parts[0])] == needed
 
 
 def test_where_there_are_too_many_some_of_each_file_are_listed() -> None:

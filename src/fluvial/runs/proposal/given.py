@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from fluvial.data.faults import Faults
 from fluvial.runs.proposal.heldout import ALL, fitted_parts, read_heldout
+from fluvial.runs.proposal.lengths import include_unfit
+from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, readable_records
 from fluvial.runs.proposal.separate import named_sources, parts_of
 
@@ -29,13 +31,15 @@ class Given:
         self,
         columns: Mapping[str, Mapping[str, str]],
         decide: Callable[[DataFacts], object],
+        model: ModelFacts | None,
         faults: Faults,
     ) -> None:
         """Add the faults of all files to `faults`, at least some of each file.
 
         `columns` has those that the caller renames by site, and under "" those of all sites.
         `decide` raises `ConfigError` for records of one source without sites or answers. Where
-        there are faults, those of the records that can be read are added too.
+        there are faults, those of the records that can be read are added too, also by the tokenizer
+        and the length of the `model`, where it is known.
         """
         parts: dict[str, DataFacts] = {}
         if len(self.data) > 1:
@@ -52,6 +56,9 @@ class Given:
         if self.is_faulty or faults.count:
             for facts in (*parts.values(), *(each.facts for each in apart.values())):
                 facts.include_faults(self.faults[facts.source])
+            if model is not None:
+                heldout = [each.facts for each in apart.values()]
+                include_unfit(list(parts.values()), heldout, model, self.faults)
 
         faults.include_evenly(list(self.faults.values()))
 

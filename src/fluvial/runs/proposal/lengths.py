@@ -1,14 +1,22 @@
 """Lengths of records in tokens, and the sequences that they make."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fluvial.data.examples import IGNORE_INDEX
+from fluvial.data.faults import DataError, Faults
+from fluvial.data.records import Record
 from fluvial.data.templates import with_template
-from fluvial.data.tokenise import Tokenizing
+from fluvial.data.tokenise import Tokenizing, refusal
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts
+
+PLAIN = "plain"
+"""Chat template for a tokenizer without one."""
 
 ROUGH = 2048
 """Most tokens of a sequence that are proposed, whatever the context of the model."""
@@ -54,14 +62,57 @@ class Lengths:
         return sum(math.ceil(tokens / length) for tokens in self.tokens) / len(self.tokens)
 
 
-def measure_lengths(facts: DataFacts, model: ModelFacts, template: str | None) -> Lengths:
+def measure_lengths(facts: DataFacts, model: ModelFacts) -> Lengths:
     """Return the lengths of a sample of the records by the model's tokenizer; raises `ConfigError`
     where none of them can be rendered."""
-    tokenizer = with_template(model.tokenizer, template)
-    tokenised = Tokenizing(tokenizer, max_length=10**7)(facts.sample())
+    tokenizer = _tokenizer(model, is_conversation=facts.is_conversation)
+    return _lengths(facts.sample(), facts.source, tokenizer)
+
+
+def include_unfit(
+    parts: Sequence[DataFacts],
+    heldout: Sequence[DataFacts],
+    model: ModelFacts,
+    faults: Mapping[str, Faults],
+) -> None:
+    """Add the records that the chat template cannot render, and those that do not fit the proposed
+    length, to `faults` of their source.
+
+    `parts` are the records of all sites, which decide about the length, and `heldout` those that
+    are measured beside them.
+    """
+    if not parts:
+        return
+
+    chats = any(facts.is_conversation for facts in (*parts, *heldout))
+    tokenizer = _tokenizer(model, is_conversation=chats)
+    with faults[parts[0].source].catch():
+        sample = [record for part in parts for record in part.sample()]
+        lengths = _lengths(sample, parts[0].source, tokenizer)
+        is_text = parts[0].form == "text"
+        length = proposed_length(lengths, model.context, text=is_text)
+        overlong = proposed_overlong(lengths, length, text=is_text) or "cut"
+        tokenizing = Tokenizing(tokenizer, length, overlong=overlong)
+
+        for facts in {each.source: each for each in (*parts, *heldout)}.values():
+            found = tokenizing(facts.records())
+            if found.faults.count:
+                faults[facts.source].include(DataError(found.faults.first, found.faults.count))
+            if found.surplus.refused:
+                faults[facts.source].add(refusal(found.surplus, tokenizing, found.records, {}))
+
+
+def _tokenizer(model: ModelFacts, *, is_conversation: bool) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer, with a chat template where conversations need one."""
+    needed = is_conversation and not model.has_template
+    return with_template(model.tokenizer, PLAIN if needed else None)
+
+
+def _lengths(records: Sequence[Record], source: str, tokenizer: PreTrainedTokenizerBase) -> Lengths:
+    tokenised = Tokenizing(tokenizer, max_length=10**7)(records)
     if not tokenised.examples:
         reason = tokenised.faults.first[0] if tokenised.faults.count else "all records are empty"
-        raise ConfigError(f"--data {facts.source!r}: no record can be used: {reason}")
+        raise ConfigError(f"--data {source!r}: no record can be used: {reason}")
 
     tokens = sorted(len(example.input_ids) for example in tokenised.examples)
     answers = sorted(
@@ -80,3 +131,13 @@ def proposed_length(lengths: Lengths, context: int | None, *, text: bool) -> int
     usual = lengths.quantile(0.99)
     needed = usual if text else max(each for each in lengths.tokens if each <= FAR * usual)
     return max(8, min(most, max(32, 16 * math.ceil(needed / 16))))
+
+
+def proposed_overlong(
+    lengths: Lengths, length: int, *, text: bool
+) -> Literal["cut", "shorten_prompt"] | None:
+    """Return the treatment of records of more than `length` tokens; None where there are none, and
+    for text, which is cut into windows."""
+    if text or not lengths.longer_than(length):
+        return None
+    return "shorten_prompt" if lengths.longest_answer < length else "cut"

@@ -17,7 +17,7 @@ from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, SeparateFacts
-from fluvial.runs.proposal.settings import PLAIN, Answers, sections
+from fluvial.runs.proposal.settings import Answers, sections
 from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.storage import paths
 
@@ -52,8 +52,7 @@ def propose(
 
     Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
     """
-    template = None if model.has_template else PLAIN
-    lengths = measure_lengths(data, model, template if data.is_conversation else None)
+    lengths = measure_lengths(data, model)
     is_text = data.form == "text"
     answers = Answers(
         model=model,

@@ -99,6 +99,10 @@ class DataFacts:
         """Return at most `SAMPLE` records, evenly spaced; faulty ones are left to `check`."""
         return self._records(self.rows[:: max(1, len(self.rows) // SAMPLE)], Faults())
 
+    def records(self) -> list[Record]:
+        """Return all records that can be read."""
+        return self._records(self.rows, Faults())
+
     def include_faults(self, faults: Faults) -> None:
         """Add the faults of all records to `faults`."""
         self._records(self.rows, faults)

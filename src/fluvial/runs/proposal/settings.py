@@ -14,7 +14,7 @@ from fluvial.models.targets import LoraSettings
 from fluvial.runs.proposal.aims import DEFAULT_ROUNDS, PASSES, Aim, aim_of, is_small
 from fluvial.runs.proposal.document import Section, Setting, toml_value
 from fluvial.runs.proposal.heldout import ALL, Heldout
-from fluvial.runs.proposal.lengths import Lengths
+from fluvial.runs.proposal.lengths import PLAIN, Lengths, proposed_overlong
 from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
 from fluvial.runs.proposal.models import ModelFacts, can_quantise
@@ -32,8 +32,6 @@ LONGEST_WRITTEN = 32
 """Most tokens of an answer that is written, to be compared with the right one."""
 KEY = re.compile(r"[A-Za-z0-9_-]+")
 """Key of TOML that needs no quotes."""
-PLAIN = "plain"
-"""Chat template for a tokenizer without one."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +236,12 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
     return settings
 
 
-def _template(answers: Answers, data: DataFacts) -> list[Setting]:
-    """Return the chat template of records that are conversations, where the tokenizer has none."""
-    if not data.is_conversation or answers.model.has_template:
+def chat_template(answers: Answers, data: DataFacts, site: str = ALL) -> list[Setting]:
+    """Return the chat template of records, or held-out records, that are conversations, where the
+    tokenizer has none."""
+    apart = answers.heldout.get(site)
+    chats = data.is_conversation or (apart is not None and apart.facts.is_conversation)
+    if not chats or answers.model.has_template:
         return []
     why = "roles as words, since the tokenizer has no chat template"
     return [Setting("chat_template", PLAIN, why)]
@@ -255,7 +256,7 @@ def _by_site(answers: Answers) -> list[Section]:
             f"[data.by_site.{json.dumps(name) if not KEY.fullmatch(name) else name}]",
             [
                 *_source(answers, part, answers.data_paths[name], name),
-                *_template(answers, part),
+                *chat_template(answers, part, name),
             ],
         )
         for name, part in answers.data.parts.items()
@@ -267,7 +268,7 @@ def _data(answers: Answers) -> Section:
     separate = isinstance(data, SeparateFacts)
     settings = [] if separate else _source(answers, data, answers.data_path)
     settings += [*_sites(answers), *_lengths(answers)]
-    settings += [] if separate else _template(answers, data)
+    settings += [] if separate else chat_template(answers, data)
     if answers.public_path is not None:
         why = "text of no site, on which the codec is chosen"
         settings.append(Setting("public_source", answers.public_path, why))
@@ -319,9 +320,9 @@ def _lengths(answers: Answers) -> list[Setting]:
     if text and over:
         why += "; longer text is cut into windows"
     settings = [Setting("max_length", length, why)] if length != 128 else []
-    if over and not text:
-        whole = lengths.longest_answer < length
-        how = "shorten_prompt" if whole else "cut"
+    how = proposed_overlong(lengths, length, text=text)
+    if how is not None:
+        whole = how == "shorten_prompt"
         kept = "the beginning of the prompt goes, the answer stays whole" if whole else "the end"
         longer = "1 record is" if over == 1 else f"{over} records are"
         settings.append(Setting("overlong", how, f"{longer} longer: {kept}"))
