@@ -261,7 +261,7 @@ def _notes(config: RunConfig, forecast: Forecast, remarks: Sequence[str]) -> lis
     if _lopsided(config, forecast):
         notes.append(
             f"downlink: from round 2 a site receives {forecast.down:,} B in a round, "
-            f"{forecast.down / forecast.frame:.0f} times what it sends; if downloads count too, add "
+            f"{forecast.down / forecast.frame:.0f} times what it sends; if downloads count, add "
             '[downlink] with name = "trellis" and rate = 32'
         )
 
