@@ -69,7 +69,10 @@ def chat(
     ] = "auto",
     site: Annotated[
         str | None,
-        typer.Option(help="The site whose chat template is used, where those of sites differ."),
+        typer.Option(
+            help="The site whose chat template is used, where those of sites differ; in a folder "
+            "without its run, which names no sites, the number of a template."
+        ),
     ] = None,
     overrides: Overrides = None,
     format: Format = "table",

@@ -1,6 +1,6 @@
 """Conversations with the result of a run, and with its base model beside it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +9,7 @@ from fluvial.data import with_template
 from fluvial.data.chat import chat_prompt
 from fluvial.data.faults import listed
 from fluvial.data.record_kinds import CHAT
+from fluvial.data.templates import NAMED
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
@@ -158,24 +159,26 @@ def _template(
 ) -> tuple[str | None, str]:
     """Return the chat template of a run, None for the tokenizer's, and whose it is in words.
 
-    Where the templates of sites differ, it is that of `site`; unset, that of the first site with
+    Where the templates of sites differ, it is that of `site` (see `_numbered_template` for a folder
+    without its run); unset, that of the first site with
     the template that the run's result has, or with any. `own` says that the tokenizer has one.
     """
     folder = Path(name).expanduser()
     config = exported.config_around(folder) if folder.is_dir() else None
-    by_site = exported.templates_by_site((config or {}).get("data", {}))
+    if config is None:
+        return _numbered_template(name, run, site, own=own)
+
+    by_site = exported.templates_by_site(config.get("data", {}))
     written = run.get("data", {}).get("chat_template")
     if len(set(by_site.values())) < 2:
         if site is not None:
             why = "all sites of the run have one chat template"
-            if config is None:
-                why = f"no run lies around {name}, and a written folder names no sites"
             raise ConfigError(f"--site {site}: without effect, because {why}; remove it")
         return written, "its chat template"
 
     sites = [each for each, template in by_site.items() if template or own]
     if site is None:
-        site = next(each for each in by_site if by_site[each] and written in (None, by_site[each]))
+        site = _first(by_site, written)
     if site not in sites:
         raise ConfigError(
             f"--site {site}: no site of the run with a chat template; name one of {listed(sites)}"
@@ -183,6 +186,49 @@ def _template(
     others = [each for each in sites if by_site[each] != by_site[site]]
     more = f" (--site NAME for that of {listed(others)})" if others else ""
     return by_site[site], f"the chat template of site {site!r}{more}"
+
+
+def _numbered_template(
+    name: str, run: dict[str, Any], site: str | None, *, own: bool
+) -> tuple[str | None, str]:
+    """Return the same where no run lies around the folder, which names no sites: `site` is the
+    number of a template among those of the run's sites."""
+    written = run.get("data", {}).get("chat_template")
+    readings = run.get(exported.READINGS, [])
+    found = dict.fromkeys(each.get("chat_template") for each in readings)
+    templates = [each for each in found if each or own]
+    if len(templates) < 2:
+        if site is not None:
+            raise ConfigError(
+                f"--site {site}: without effect, because {name} has one chat template, and no "
+                "names of sites; remove it"
+            )
+        return written, "its chat template"
+
+    known = {str(number): each for number, each in enumerate(templates, 1)}
+    if site is None:
+        site = _first(known, written)
+    if site not in known:
+        shown = ", ".join(f"{number} ({_words(each)})" for number, each in known.items())
+        raise ConfigError(
+            f"--site {site}: {name} has the chat templates of the run's sites without their names; "
+            f"choose one by its number: {shown}"
+        )
+    which = f"chat template {site} of {len(known)} ({_words(known[site])})"
+    return known[site], f"{which} of the run's sites (--site NUMBER for another)"
+
+
+def _first(templates: Mapping[str, str | None], written: str | None) -> str:
+    """Return the key of the first template that is `written`, else of the first that is one."""
+    keys = [key for key, template in templates.items() if template]
+    return next((key for key in keys if templates[key] == written), keys[0])
+
+
+def _words(template: str | None) -> str:
+    """Return a chat template in few words."""
+    if template is None:
+        return "the tokenizer's"
+    return template if template in NAMED else f"a text of {len(template):,} characters"
 
 
 def _chats(

@@ -24,6 +24,7 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.cli.chat import _answer, _beside
+from fluvial.data.config import DataConfig
 from fluvial.data.templates import template_of
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
@@ -227,6 +228,11 @@ def test_the_template_of_a_site_is_chosen_where_they_differ(run: Path, tmp_path:
     only = ("gemma", "the chat template of site 'oslo'")
     assert template({"bern": None, "oslo": "gemma"}, own=False) == only
     assert template({"bern": "gemma", "oslo": "gemma"}) == ("gemma", "its chat template")
+    tables = {"bern": {"chat_template": "plain"}, "oslo": {"chat_template": "zephyr"}}
+    config = {"fluvial": "test", "data": {"chat_template": "gemma", "by_site": tables}}
+    (folder / "config.json").write_text(json.dumps(config))
+    known = exported.read(folder / "adapter")
+    assert _template(str(folder / "adapter"), known, None, own=True)[0] == "plain"
     with pytest.raises(ConfigError, match="without effect, because all sites of the run have one"):
         template({"bern": "gemma", "oslo": "gemma"}, "bern")
     for unknown, own in (("lima", True), ("rome", False)):
@@ -242,8 +248,38 @@ def test_the_template_of_a_site_is_chosen_where_they_differ(run: Path, tmp_path:
     with Chat(str(folder), site="oslo", only="tuned") as chat:
         assert chat.speakers[0]._tokenizer.chat_template == template_of("zephyr")
     (folder / "config.json").unlink()
-    with pytest.raises(ConfigError, match="without effect, because no run lies around"):
+    with pytest.raises(ConfigError, match="without effect, because .* has one chat template"):
         Chat(str(folder / "adapter"), site="oslo")
+
+
+def test_a_folder_without_its_run_has_the_templates_of_sites_by_number(
+    run: Path, tmp_path: Path
+) -> None:
+    """Those of `readings` in its fluvial.json, which names no sites."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(run / "adapter", folder)
+    text = "{{ messages[0].content }}"
+    sites = {
+        name: {"source": f"{name}.jsonl", "chat_template": template}
+        for name, template in (("bern", None), ("oslo", "zephyr"), ("rome", text))
+    }
+    readings = DataConfig.model_validate({"by_site": sites}).readings()
+    told = {"fluvial": "test", exported.READINGS: readings}
+    (folder / exported.FILE).write_text(json.dumps(told))
+
+    def template(site: str | None, own: bool = True) -> tuple[str | None, str]:
+        return _template(str(folder), exported.read(folder), site, own=own)
+
+    which = "chat template 2 of 3 (zephyr) of the run's sites (--site NUMBER for another)"
+    assert template(None) == template("2") == ("zephyr", which)
+    assert template("1")[0] is None
+    assert template("3")[0] == text
+    assert template("2", own=False)[0] == text, "a tokenizer without a template adds none"
+    listed = r"by its number: 1 \(the tokenizer's\), 2 \(zephyr\), 3 \(a text of 25 characters\)"
+    with pytest.raises(ConfigError, match=f"--site oslo: .* without their names; .*{listed}"):
+        template("oslo")
+    with Chat(str(folder), site="2", only="tuned") as chat:
+        assert chat.way == f"with {which}"
 
 
 def test_the_weights_of_a_site_are_written_with_its_template() -> None:
