@@ -8,7 +8,8 @@ from dataclasses import replace
 from markupsafe import Markup
 
 from fluvial.formatting import figure, human_bytes, human_seconds, percent
-from fluvial.report.charts import Points, Series, line_chart
+from fluvial.report.charts import Points, Series
+from fluvial.report.line_charts import line_chart
 from fluvial.report.scales import LEAST_LOSS, LEAST_SCORE
 
 

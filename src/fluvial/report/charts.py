@@ -1,12 +1,11 @@
-"""Charts as inline SVG: lines, bars and grids of cells, with their values shown on hover or tap.
+"""Charts as inline SVG: bars and grids of cells, with their values shown on hover or tap.
 
 Text, marks and colours follow the page's style sheet, by classes and variables of CSS, so a chart
 is right in light and dark. A chart is drawn in a millisecond, because a page that follows a run is
 drawn in every round; matplotlib needs about a second for a page.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import Literal
@@ -14,7 +13,6 @@ from typing import Literal
 from markupsafe import Markup, escape
 
 from fluvial.report.labels import COLUMN, ROW, distinct, length, wrapped
-from fluvial.report.scales import decades, spanned, ticks
 
 WIDTH = 340.0
 """Width of a chart in the units of its view box; on a phone a unit is nine tenths of a pixel."""
@@ -151,110 +149,6 @@ class Drawing:
         )
 
 
-def line_chart(
-    series: Sequence[Series],
-    *,
-    across: str,
-    up: str,
-    words: Callable[[float], str] = "{:g}".format,
-    heights: Callable[[float], str] = "{:g}".format,
-    log: bool = False,
-    whole: bool = False,
-    least: float = 0.0,
-    most: float = math.inf,
-) -> Markup:
-    """Return lines and points over a common axis, which is logarithmic where `log` says so, and has
-    ticks at whole numbers only where `whole` does.
-
-    `across` and `up` name the axes, `words` and `heights` write their ticks. `least` and `most` are
-    the least span of the values' axis and the largest possible value, see `spanned`.
-    """
-    shown = [
-        Series(
-            each.name,
-            each.colour,
-            [point for point in each.line if _drawable(point, log)],
-            [point for point in each.points if _drawable(point, log)],
-            [
-                tip
-                for tip, point in zip(each.tips, [*each.line, *each.points], strict=True)
-                if _drawable(point, log)
-            ],
-            [
-                (x, low, high)
-                for x, low, high in each.band
-                if _drawable((x, low), log) and _drawable((x, high), log)
-            ],
-            each.joined,
-        )
-        for each in series
-    ]
-    places = [point for each in shown for point in (*each.line, *each.points)]
-    places += [(x, y) for each in shown for x, low, high in each.band for y in (low, high)]
-    if not places:
-        return Markup("")
-
-    low, high = spanned([y for _, y in places], least, most)
-    margin = (high - low) * 0.06
-    low, high = low - margin, high + margin
-    rows = ticks(low, high)
-    left = 14 + CHARACTER * max(len(heights(row)) for row in rows)
-    right, top, bottom = 12.0, 22.0, 214.0
-    first, last = min(x for x, _ in places), max(x for x, _ in places)
-    if first == last:
-        first, last = (first / 2, last * 2) if log else (first - 1, last + 1)
-    inner = WIDTH - left - right
-
-    def at_x(x: float) -> float:
-        if log:
-            return left + inner * math.log(x / first) / math.log(last / first)
-        return left + inner * (x - first) / (last - first)
-
-    def at_y(y: float) -> float:
-        return bottom - (bottom - top) * (y - low) / (high - low)
-
-    drawing = Drawing()
-    drawing.text(4, 12, up)
-    for row in rows:
-        drawing.line(left, at_y(row), WIDTH - right, at_y(row), "grid")
-        drawing.text(left - 5, at_y(row) + 4, heights(row), anchor="end")
-
-    columns = decades(first, last) if log else ticks(first, last)
-    columns = [each for each in columns if not whole or each == round(each)]
-    free = 0.0
-    for column in columns:
-        half = CHARACTER * len(words(column)) / 2
-        x = min(max(at_x(column), half), WIDTH - half)
-        drawing.line(at_x(column), bottom, at_x(column), bottom + 4, "grid")
-        if x - half >= free:
-            drawing.text(x, bottom + 17, words(column), anchor="middle")
-            free = x + half + 8
-    drawing.text(left + inner / 2, bottom + 34, across, anchor="middle")
-
-    for each in shown:
-        edge = [(x, low) for x, low, _ in each.band]
-        edge += [(x, high) for x, _, high in reversed(each.band)]
-        if edge:
-            d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in edge) + "Z"
-            drawing.path(d, f"fill:var(--{each.colour});fill-opacity:.14")
-
-    for each in shown:
-        stroke = f"stroke:var(--{each.colour});stroke-dasharray:{DASHES.get(each.colour) or 'none'}"
-        for line, wide in ((each.line, 1.8), (each.points if each.joined else (), 1.0)):
-            if len(line) > 1:
-                d = "M" + "L".join(f"{at_x(x):.1f},{at_y(y):.1f}" for x, y in line)
-                drawing.path(d, f"{stroke};stroke-width:{wide};fill:none")
-        if len(each.line) == 1:
-            drawing.marks.append(mark(each.colour, at_x(each.line[0][0]), at_y(each.line[0][1])))
-        for x, y in each.points:
-            drawing.marks.append(mark(each.colour, at_x(x), at_y(y)))
-        for (x, y), tip in zip((*each.line, *each.points), each.tips, strict=True):
-            shape = f'<circle cx="{at_x(x):.1f}" cy="{at_y(y):.1f}" r="7"/>'
-            drawing.tip(shape, at_x(x), at_y(y), tip, WIDTH)
-
-    return drawing.svg(WIDTH, bottom + 42, f"{up}, by {across}")
-
-
 def bar_chart(labels: Sequence[str], series: Sequence[Bars], *, name: str) -> Markup:
     """Return horizontal bars from zero, those of one label together; `name` describes the chart."""
     known = [value for bars in series for value in bars.values if value is not None]
@@ -365,11 +259,6 @@ def legend(
         items.append(f'<span><svg viewBox="0 0 24 14">{swatch}</svg>{escape(name)}</span>')
 
     return Markup(f'<p class="legend">{"".join(items)}</p>')
-
-
-def _drawable(point: tuple[float, float], log: bool) -> bool:
-    x, y = point
-    return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log)
 
 
 def mark(colour: str, x: float, y: float) -> str:

@@ -17,9 +17,10 @@ from fluvial.formatting import (
 )
 from fluvial.report.axes import AXIS_WORDS, SCORES, chart_of, tips_of
 from fluvial.report.block_tables import block_words
-from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend, line_chart
+from fluvial.report.charts import Bars, Cell, Series, bar_chart, grid_chart, legend
 from fluvial.report.cross_site import Matrix
 from fluvial.report.dots import dot_chart
+from fluvial.report.line_charts import line_chart
 from fluvial.report.scales import LEAST_LOSS, LEAST_SCORE, spanned
 from fluvial.runs.site_comparison import losses
 from fluvial.storage.run_files import JsonObject
