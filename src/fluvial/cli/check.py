@@ -41,7 +41,7 @@ def check(
             raise
 
         if time_it:
-            from fluvial.runs.timing import timed
+            from fluvial.runs.timed_plan import timed
 
             planned = timed(settings, planned, started_s=time.process_time())
 

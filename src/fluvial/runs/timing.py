@@ -1,10 +1,9 @@
-"""Timing for `fluvial check --time`: one optimizer step here, and the time of a round from it."""
+"""Times for `fluvial check --time`: what is measured here, and the time of a round from it."""
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,24 +12,16 @@ from fluvial.codecs.auto import AutoSettings, Use, candidates
 from fluvial.codecs.coding_time import coding_s
 from fluvial.codecs.quantise import Int8Settings
 from fluvial.federation.in_process import concurrency
-from fluvial.formatting import human_seconds
-from fluvial.methods.fedpipe.config import FedPipeConfig
-from fluvial.models.outline import Outline
 from fluvial.models.pool import ModelPool
 from fluvial.models.states import initial_state
 from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import settled, texts_of
-from fluvial.runs.remaining import rough
-from fluvial.runs.set_up_time import SetUp, left_out, pre_training, set_up
+from fluvial.runs.set_up_time import SetUp, pre_training, set_up
 from fluvial.runs.step_time import Clock, time_answers, time_steps
 from fluvial.training.evaluate import heldout
 
 HELDOUT_SEQUENCES = 16
-
-
-LEAST_LOSS_S = 1.0
-"""Seconds of an update that a codec loses against a faster one, from which it is remarked."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +144,7 @@ def measure(
     tgap = pre_training(config)
     public = texts.public() if tgap is not None and tgap.source == "public" else {}
     trained = {name: site.train for name, site in sites.items()}
-    work = _work(
+    work = work_of(
         config,
         [len(site.train) for site in sites.values()],
         [len(site.heldout) for site in sites.values()],
@@ -186,137 +177,6 @@ def predict(
     return Predicted(training_s, measuring_s, line_s, run_s)
 
 
-def timed(
-    config: RunConfig,
-    planned: dict[str, Any],
-    clock: Clock = time.perf_counter,
-    *,
-    started_s: float = 0.0,
-) -> dict[str, Any]:
-    """Return `planned` (see `plan.plan`) with what was timed and predicted; a command takes
-    `started_s` to begin and to check its data."""
-    found, work, ahead_of_rounds = measure(config, clock)
-    notes = list(planned["notes"])
-    coding = found.coding
-    apart = _apart(config, found, work, planned["round_over_line_s"])
-    if apart and coding is not None:
-        notes += _coding_note(config, coding)
-    if isinstance(config.method, FedPipeConfig):
-        notes.append(
-            "times are those of the run's own batch and steps; the plan of a site has others, and "
-            "`fluvial plan` predicts their time"
-        )
-    ahead = predict(found, work, rounds=config.rounds, every=config.evaluate.every)
-    bound = (
-        "" if config.entry.traits.sends == "codec" or config.entry.traits.pooled else ", at most"
-    )
-    rows = [
-        ("loading model and data, measured", human_seconds(found.load_s)),
-        (f"one optimizer step at {found.site}, measured", human_seconds(found.step_s)),
-    ]
-    if coding is not None:
-        words = f"{human_seconds(coding.coding_s)}; int8 {human_seconds(coding.int8_coding_s)}"
-        rows.append((f"coding and decoding an update by {coding.codec}, measured", words))
-    set_up_s = ahead_of_rounds.seconds(
-        step_s=found.step_s, call_s=found.call_s, coding_s=coding.coding_s if coding else 0.0
-    )
-    if set_up_s:
-        what = "set-up: pre-training, and measures of the codec, from these"
-        rows.append((what, f"about {rough(set_up_s)}"))
-    if found.answer_s:
-        rows.append(("one written answer, measured", human_seconds(found.answer_s)))
-    written = " with written answers" if found.answer_s else ""
-    rows += [
-        (
-            f"training in a round on this machine, {work.workers} sites at a time{bound}",
-            human_seconds(ahead.training_s),
-        ),
-        (
-            f"measuring held-out text of all sites{written} on this machine, once",
-            human_seconds(ahead.measuring_s),
-        ),
-    ]
-    here_s = started_s + found.load_s + set_up_s + _here_s(config, found, planned["sites"])
-    comparisons = f" with {', '.join(config.compare)} before it" if config.compare else ""
-    unknown = left_out(config, Outline(config.model, config.adapter).assignment.layout)
-    apart_from = f", apart from {' and '.join(unknown)}" if unknown else ""
-    rows.append(
-        (
-            f"`fluvial run` on this machine{comparisons}, from start to end{apart_from}",
-            f"about {rough(here_s)}",
-        )
-    )
-    if apart:
-        many = "over fleet.line, each site on a machine like this"
-        what = "training and coding" if coding else "training"
-        rows += [
-            (f"a round {many}, with {what}{bound}", human_seconds(apart.round_s)),
-            (
-                f"{config.rounds} rounds and their measures {many}, set-up and baselines apart",
-                f"about {rough(apart.run_s)}",
-            ),
-        ]
-
-    return {
-        **planned,
-        "rows": [*planned["rows"], *({"what": what, "value": value} for what, value in rows)],
-        "notes": notes,
-        "time": {
-            "site": found.site,
-            "load_s": found.load_s,
-            "step_s": found.step_s,
-            "call_s": found.call_s,
-            "heldout_sequence_s": found.heldout_s,
-            "workers": work.workers,
-            "round_training_s": ahead.training_s,
-            "measuring_s": ahead.measuring_s,
-            "answer_s": found.answer_s,
-            "set_up_s": set_up_s,
-            "left_out": unknown,
-            "coding_s": coding.coding_s if coding else None,
-            "run_s": ahead.run_s,
-            "here_s": here_s,
-            "many_machines": apart and {**asdict(apart), "round_s": apart.round_s},
-        },
-    }
-
-
-def _apart(
-    config: RunConfig, found: MeasuredTimes, work: Work, line_s: float | None
-) -> Predicted | None:
-    """Return the times of a run whose sites each have a machine like this, so that all of a round
-    work at the same time; None where the transfers of a round over `fleet.line` are not known."""
-    if not line_s:
-        return None
-    coding_s = found.coding.coding_s if found.coding else 0.0
-    return predict(
-        found,
-        replace(work, workers=len(work.steps)),
-        rounds=config.rounds,
-        every=config.evaluate.every,
-        line_s=line_s + coding_s,
-    )
-
-
-def _here_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str, Any]]) -> float:
-    """Return the seconds of a run in this process, where nothing crosses a line, with the
-    baselines before it; `sites` are those of `plan.plan`."""
-    train = [site["train"] for site in sites]
-    measured = [site["heldout"] for site in sites]
-    asked = [site["questions"] for site in sites]
-    coded = replace(found, call_s=found.call_s + (found.coding.coding_s if found.coding else 0.0))
-    runs = [(config.baseline(name), found) for name in config.compare] + [(config, coded)]
-    return config.rounds * found.downlink_s + math.fsum(
-        predict(
-            times,
-            _work(each, train, measured, asked),
-            rounds=each.rounds,
-            every=each.evaluate.every,
-        ).run_s
-        for each, times in runs
-    )
-
-
 def _time_coding(config: RunConfig, pool: ModelPool, clock: Clock) -> MeasuredCoding | None:
     """Return what coding a whole adapter takes, where a codec codes it and needs no fit."""
     if config.entry.traits.sends != "codec" or pool.full:
@@ -347,26 +207,13 @@ def _time_downlink(config: RunConfig, pool: ModelPool, clock: Clock) -> float:
     return coding_s(build(settings, pool.layout), clock)
 
 
-def _coding_note(config: RunConfig, coding: MeasuredCoding) -> list[str]:
-    """Return a remark where the codec takes much longer than the upload that it saves."""
-    line = config.fleet.line
-    if line is None or coding.loss_s(line.up_mbit_s) < LEAST_LOSS_S:
-        return []
-
-    loss = f"{human_seconds(coding.loss_s(line.up_mbit_s))} longer than with int8"
-    return [
-        f"codec: with {coding.codec}, coding and upload of an update take {loss} at "
-        f"{line.up_mbit_s:g} Mbit/s; where time matters more than bytes, choose a faster codec, or "
-        "more fleet.threads"
-    ]
-
-
-def _work(
+def work_of(
     config: RunConfig,
     train_sequences: Sequence[int],
     heldout_sequences: Sequence[int],
     questions: Sequence[int],
 ) -> Work:
+    """Return the work of the sites in a round, from the sequences and questions of each."""
     count = len(train_sequences)
     answers = questions if config.evaluate.max_new_tokens else ()
     if config.entry.traits.pooled:

@@ -23,15 +23,8 @@ from fluvial.runs.plan import plan
 from fluvial.runs.remaining import Pace, Remaining
 from fluvial.runs.set_up_time import SetUp, left_out, set_up
 from fluvial.runs.step_time import time_answers
-from fluvial.runs.timing import (
-    MeasuredCoding,
-    MeasuredTimes,
-    Work,
-    _coding_note,
-    measure,
-    predict,
-    timed,
-)
+from fluvial.runs.timed_plan import _coding_note, timed
+from fluvial.runs.timing import MeasuredCoding, MeasuredTimes, Work, measure, predict
 from tests.support.models import with_fitting_model
 from tests.support.runs import toml_of
 from tests.unit.report.test_show import text_of

@@ -18,7 +18,7 @@ from fluvial.runs.config import merge, parse
 from fluvial.runs.opening import site_of, texts_of
 from fluvial.runs.plan import plan as check
 from fluvial.runs.site_plans import site_plans
-from fluvial.runs.timing import timed
+from fluvial.runs.timed_plan import timed
 from fluvial.training.train import collate
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named
