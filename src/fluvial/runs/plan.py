@@ -17,6 +17,7 @@ from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.attention import check_attention
 from fluvial.models.loading import meta_base, resolve_device
+from fluvial.models.miniature import check_packing_of_miniature
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartTuning, tunes_weights
 from fluvial.models.pretrained import num_embeddings
@@ -43,6 +44,11 @@ _CUT = "\N{REPLACEMENT CHARACTER}"
 _MOST_BYTES = 4
 """Bytes of a character of UTF-8, each of which may be a token."""
 
+_UNTRIED = (
+    "data.packing: a run measures at its start whether packed records of this architecture leave each "
+    "other alone, and is refused where they do not"
+)
+
 
 def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run
@@ -67,10 +73,12 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     config, choosing = shown(config, texts)
     layout = Outline(config.model, config.adapter).assignment.layout
     planned = check_settings(config, layout, base, texts)
+    packs = not config.data.packing or check_packing_of_miniature(config.model)
     if isinstance(config.adapter, PartTuning) and config.adapter.cut is None:
         chosen = settled(config, layout, base, len(texts.names))
         layout = Outline(config.model, chosen.adapter).assignment.layout
     remarks = texts.check()
+    remarks += [] if packs else [_UNTRIED]
     logger.info("predicting bytes and memory")
     refuse_idle(config, planned, texts)
     remarks += idle_remarks(config, planned, texts)
