@@ -45,8 +45,8 @@ _MOST_BYTES = 4
 """Bytes of a character of UTF-8, each of which may be a token."""
 
 _UNTRIED = (
-    "data.packing: a run measures at its start whether packed records of this architecture leave each "
-    "other alone, and is refused where they do not"
+    "data.packing: a run measures at its start whether packed records of this architecture leave "
+    "each other alone, and is refused where they do not"
 )
 
 

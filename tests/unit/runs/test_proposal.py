@@ -14,7 +14,7 @@ from click.testing import Result
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from fluvial.cli import app, init
+from fluvial.cli import app, interview
 from fluvial.data.records import Answered
 from fluvial.data.rows import Place, Row, columns_of
 from fluvial.errors import ConfigError, MissingWeightsError
@@ -371,7 +371,7 @@ def test_questions_are_asked_on_a_terminal(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A wrong answer is asked for again; an empty one takes the proposal."""
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
     data = written(answers())
     typed = f"nowhere/model\n{tiny_model}\n{data}\n\nsnow\nslow-links\nfast\n0.5\n"
     output = run_init(typed=typed).output
@@ -392,7 +392,7 @@ def test_a_column_that_names_no_owners_is_refused_or_confirmed(
     with pytest.raises(ConfigError, match=reason):
         run_init("--yes", *options, "--site-column", "question")
 
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
     output = run_init(*options, typed="question\nanswer\nn\nhospital\n").output
     output = " ".join(output.split())
     assert "50 of them in one record only" in output
@@ -406,7 +406,7 @@ def test_a_column_that_names_no_owners_is_refused_or_confirmed(
 def test_columns_of_several_sources_are_asked_for(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
     rows = answers(12)
     written([{"text": row["question"], "team": row["answer"]} for row in rows], "rome.jsonl")
     written([{"q": row["question"], "a": row["answer"]} for row in rows], "oslo.jsonl")
@@ -487,7 +487,7 @@ def test_the_speed_of_a_type_is_measured_on_one_thread() -> None:
 def test_columns_that_fit_no_form_are_asked_for(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
     rows = [{"site": "ab"[n % 2], "a1": f"question {n}", "a2": "yes"} for n in range(40)]
     options = ("--model", str(tiny_model), "--data", written(rows), "--limit", "none")
     with pytest.raises(ConfigError, match="--column prompt=a3: the records have the columns"):
@@ -526,7 +526,7 @@ def test_a_column_that_may_be_the_answer_is_not_dropped(tiny_model: Path) -> Non
 def test_a_column_that_may_be_the_answer_is_asked_for(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(init, "_on_terminal", lambda: True)
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
     options = ("--model", str(tiny_model), "--data", written(notes()), "--limit", "none")
     assert "perhaps 'icd'" in run_init(*options, typed="\n\n").output
     assert load(Path("q.toml")).data.columns == {"text": "note"}
