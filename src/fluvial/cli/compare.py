@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 
 from fluvial import interrupt
 from fluvial.cli.comparison_progress import comparison_progress
-from fluvial.cli.console import Format, Overrides, out, print_json, program_name
+from fluvial.cli.console import Format, Overrides, out, print_json, print_whole, program_name
 from fluvial.cli.progress import spinner
 from fluvial.storage.recipes import recipe_of, stem
 
@@ -115,7 +115,7 @@ def compare(
     if format == "json":
         print_json(compared.model_dump(mode="json"))
     else:
-        out.print(comparison_tables(compared))
+        print_whole(comparison_tables(compared))
         out.print()
         out.print(f"Runs     {path}", markup=False, soft_wrap=True)
         out.print(f"Page     {path / PAGE}", markup=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import click
 import typer
 from rich.console import Console, RenderableType
+from rich.measure import Measurement
 from rich.status import Status
 from typer.core import TyperArgument
 
@@ -41,6 +42,8 @@ out = Console(highlight=False)
 """Console of results: standard output."""
 err = Console(stderr=True, highlight=False)
 """Console of progress, warnings and errors: standard error."""
+WIDEST = 1000
+"""Columns of a pipe or a file, at most."""
 NOTES = "fluvial.runs.run"
 """Logger whose warnings are notes on a configuration and its data, given before the first round."""
 CLICK_SUGGESTS = hasattr(click.exceptions, "NoSuchCommand")
@@ -109,7 +112,14 @@ def print_content(
     if format == "json":
         print_json(content)
     else:
-        out.print(table(content))
+        print_whole(table(content))
+
+
+def print_whole(content: RenderableType) -> None:
+    """Print tables; to a pipe or a file without cutting a line at the width of a terminal."""
+    needed = Measurement.get(out, out.options.update(width=WIDEST), content).minimum
+    whole = out.is_terminal or needed <= out.width
+    (out if whole else Console(file=out.file, width=needed, highlight=False)).print(content)
 
 
 def print_json(content: JsonObject) -> None:

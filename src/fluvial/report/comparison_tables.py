@@ -174,6 +174,8 @@ def measures_caption(compared: Compared) -> str:
             + (f", corrected for {others} contenders (Holm)" if others > 1 else "")
             + "."
         )
+        if any(not is_loss(name) for name in compared.measures):
+            words.append("Differences of shares are percentage points.")
         words.append("Better: cells, each a site under a seed, in which the contender is better.")
         if any(each.over == "sites" for each in _decisive(compared).values()):
             words.append("A test over sites tells nothing about other seeds.")
@@ -222,16 +224,17 @@ def comparison_tables(compared: Compared) -> RenderableType:
     measures = told_apart(compared)
     for number, measure in enumerate(measures):
         headings, *rows = measure_rows(compared, measure)
-        caption = measures_caption(compared) if number == len(measures) - 1 else ""
         title = "Comparison" if number == 0 else ""
-        parts.append(table(_two_lines(headings), rows, title, caption=caption, whole=True))
+        parts.append(table(_two_lines(headings), rows, title, whole=True))
 
-    lines = (equal_words(compared), coding_words(compared))
-    parts += [Text(safe_text(line)) for line in lines if line]
+    lines = (measures_caption(compared), equal_words(compared), coding_words(compared))
+    parts += [Text(safe_text(line), style="table.caption") for line in lines if line]
 
     headings, *rows = cost_rows(compared)
-    caption = costs_caption(compared)
-    parts.append(table(_two_lines(headings), rows, "Costs", caption=caption, whole=True))
+    parts += [
+        table(_two_lines(headings), rows, "Costs", whole=True),
+        Text(costs_caption(compared), style="table.caption"),
+    ]
     parts += [Text(f"Note: {safe_text(note)}") for note in compared.notes]
     parts += [
         Text(safe_text(f"Failed: {each.name}, seed {run.seed}: {run.failed}"), style="red")
@@ -269,14 +272,13 @@ def _number(value: float, losing: bool, sign: str = "") -> str:
 def _difference_cells(found: Difference | None, *, losing: bool) -> list[str]:
     if found is None:
         return ["-"] * 4
-    unit = "" if losing else " points"
     interval = (
         "-"
         if found.low is None or found.high is None
-        else f"{_number(found.low, losing, '+')}, {_number(found.high, losing, '+')}{unit}"
+        else f"{_number(found.low, losing, '+')}, {_number(found.high, losing, '+')}"
     )
     return [
-        f"{_number(found.mean, losing, '+')}{unit}",
+        _number(found.mean, losing, "+"),
         interval,
         f"{found.better}/{found.cells}",
         p_words(found.p_holm),

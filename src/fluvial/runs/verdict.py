@@ -152,9 +152,13 @@ class Verdict:
         if _is_level(further):
             return f"{first}, level with {name}"
         better = further.difference < 0
+        way = "lower" if better else "higher"
+        if further.clear is None:
+            apart = f"{abs(further.difference):.4f} nats {way}"
+            return f"{first}; loss {apart} than {name}, without an interval"
         joined = "and" if better == (self.helped == "yes") else "but"
-        if further.clear is None or further.answer == "partly":
-            return f"{first}, {joined} with a {'lower' if better else 'higher'} loss than {name}"
+        if further.answer == "partly":
+            return f"{first}, {joined} with a {way} loss than {name}"
         return f"{first}, {joined} {'better' if better else 'worse'} than {name}"
 
     def _against(self, name: str, found: Comparison) -> str:

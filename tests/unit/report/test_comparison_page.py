@@ -300,7 +300,7 @@ def test_scores_with_the_values_of_another_have_no_table() -> None:
     both = both.model_copy(update={"measures": ("loss", "exact_match", "f1")})
     assert told_apart(both) == ("loss", "exact_match")
     assert equal_words(both) == "Equal to exact match in all rows: token F1."
-    assert measure_rows(both, "exact_match")[2][2] == "-2.00 points"
+    assert measure_rows(both, "exact_match")[2][2] == "-2.00"
     other = contender("b", "b", (3.1, 3.2), differences=found | {"f1": difference(-0.03)})
     apart = compared(base, other).model_copy(update={"measures": ("loss", "exact_match", "f1")})
     assert told_apart(apart) == ("loss", "exact_match", "f1")

@@ -1,19 +1,23 @@
 """Contenders of a comparison: what their files mean, and what is refused before any run."""
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from rich.console import Console
 from typer.main import get_command
 
-from fluvial.cli import app
+from fluvial.cli import app, console
 from fluvial.cli.compare import SeedsCommand, default_name
 from fluvial.errors import CheckpointError, ConfigError
-from fluvial.runs.comparison.contenders import Comparison, read_comparison
+from fluvial.report.tables import table
+from fluvial.runs.comparison.contenders import Comparison, read_comparison, same_runs
 from fluvial.runs.comparison.execute import execute_comparison
 from fluvial.runs.comparison.files import run_folder
+from fluvial.runs.comparison.gathering import _difference
 from fluvial.runs.config import load
 from fluvial.runs.run import execute
 from tests.support.runs import write_toml
@@ -262,3 +266,65 @@ def test_seeds_without_a_number_are_refused() -> None:
     for words in (["a.toml", "--seeds"], ["a.toml", "--seeds", "x"], ["a.toml", "--seeds=-1"]):
         with pytest.raises(click.UsageError):
             command.make_context("compare", words)
+
+
+def test_a_contender_is_no_baseline_of_itself(
+    write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = sweep(write, '[grid]\n"method.name" = ["fedavg", "cgfedllm"]\n')
+    path.with_name("base.toml").write_text(
+        write("kept", compare=["local", "fedavg"], codec={"name": "int8"}).read_text()
+    )
+    comparison = read_comparison([path])
+    assert [each.config.compare for each in comparison.contenders] == [
+        ("local",),
+        ("local", "fedavg"),
+    ]
+    assert "contender 'fedavg': compare='fedavg' is this method itself, and is left out" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("tgap", "codec", "same"),
+    [
+        ({"source": "none"}, {"name": "int8"}, True),
+        ({"source": "public"}, {"name": "int8"}, False),
+        ({"source": "none"}, {"name": "int4"}, False),
+    ],
+)
+def test_contenders_that_make_the_same_run_are_named(
+    write: Write, tgap: dict[str, Any], codec: dict[str, Any], same: bool
+) -> None:
+    """CG-FedLLM without pre-training is FedAvg with its codec."""
+    paths = [
+        write("plain", codec={"name": "int8"}),
+        write("paper", codec=codec, method={"name": "cgfedllm", "tgap": tgap}),
+    ]
+    found = same_runs(read_comparison(paths))
+    assert len(found) == same
+    assert not same or found[0].startswith("contenders 'plain' and 'paper' make the same run")
+
+
+def test_a_shared_heldout_set_is_one_cell_of_each_seed() -> None:
+    """Of contenders that are equal too."""
+
+    def measured(loss: float) -> dict[str, Any]:
+        sites = {site: {"final": {"loss": loss}} for site in "abc"}
+        return {"pooled": False, "overlap": {"one_set": True}, "heldout_by_site": sites}
+
+    base = {0: measured(3.0), 1: measured(3.1)}
+    lower = {0: measured(2.9), 1: measured(3.1)}
+    for runs, better in ((base, 0), (lower, 1)):
+        found = _difference(runs, base, "loss")
+        assert found is not None
+        assert (found.better, found.cells) == (better, 2)
+
+
+def test_a_pipe_has_whole_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that is wider than 80 columns, whose last column was cut there."""
+    text = io.StringIO()
+    monkeypatch.setattr(console, "out", Console(file=text, width=80))
+    row = [f"{'word' * 4}{number}" for number in range(6)]
+    console.print_whole(table(row, [row], "", whole=True))
+    assert text.getvalue().count("wordwordwordword5") == 2

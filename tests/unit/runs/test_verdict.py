@@ -160,6 +160,18 @@ def test_two_models_on_a_set_that_all_sites_share_are_one_comparison(
     assert judge(shared, {"local": made(local) if local else None}).line() == words
 
 
+def test_a_difference_without_an_interval_is_not_called_lower_alone() -> None:
+    """Two models on one held-out set differ by one number, which may be noise."""
+    shared = made([2.8] * 3, overlap={"one_set": True})
+    line = judge(shared, {"local": made([2.9, 2.95, 3.0]), "fedavg": made([2.83] * 3)}).line()
+    assert line.startswith(
+        "Helped against local training; loss 0.0300 nats lower than the uncompressed run, "
+        "without an interval."
+    )
+    two = judge(made([2.8] * 2), {"local": made([2.9] * 2), "fedavg": made([2.7] * 2)}).line()
+    assert "; loss 0.1000 nats higher than the uncompressed run, without an interval." in two
+
+
 def scored(score: float, base: float, loss: float = 2.9) -> dict[str, Any]:
     """A result with this loss at four sites, and this mean exact match."""
     found = made([loss] * 4)

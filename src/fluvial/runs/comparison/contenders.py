@@ -1,6 +1,7 @@
 """The contenders of a comparison, from the files that people write: all of them valid, on the same
 data, model and evaluation."""
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fluvial import caller
+from fluvial.codecs import must_learn
+from fluvial.codecs.auto import AutoSettings
 from fluvial.errors import ConfigError, FluvialError
+from fluvial.methods.fedavg import FedAvgConfig
 from fluvial.runs.comparison.sweep import (
     SweepConfig,
     folder_name,
@@ -26,6 +30,8 @@ from fluvial.runs.config import (
 )
 from fluvial.storage import paths, recipes, toml
 from fluvial.storage.recipes import table_of
+
+logger = logging.getLogger(__name__)
 
 SAME = ("data.", "model.", "evaluate.")
 """Tables of settings that contenders must have in common."""
@@ -131,6 +137,8 @@ def read_comparison(
     comparison = Comparison(contenders, tuple(contenders[0].configs), baseline or names[0])
     if not allow_different:
         _refuse_other_data(comparison)
+    for line in same_runs(comparison):
+        logger.warning("%s", line)
 
     return comparison
 
@@ -170,11 +178,58 @@ def _of_sweep(sweep: SweepConfig, path: Path) -> list[_Draft]:
                 f"{path}: contender {name!r}: unset: {sweep.base.name} does not set "
                 f"{error.args[0]}; remove it"
             ) from None
-        drafts.append(_Draft(name, f"{path}: contender {name!r}", table))
+        drafts.append(_Draft(name, f"{path}: contender {name!r}", _without_itself(name, table)))
     if not drafts:
         raise ConfigError(f"{path}: exclude: leaves no combination of the grid; remove some")
 
     return drafts
+
+
+def _without_itself(name: str, table: dict[str, Any]) -> dict[str, Any]:
+    """Return the table of a contender whose base compares with the method that the contender is,
+    without this baseline."""
+    method = table.get("method", {})
+    method = method.get("name") if isinstance(method, dict) else None
+    compare = table.get("compare", [])
+    if not isinstance(compare, list) or method not in compare:
+        return table
+    logger.warning("contender %r: compare=%r is this method itself, and is left out", name, method)
+    return {**table, "compare": [each for each in compare if each != method]}
+
+
+def same_runs(comparison: Comparison) -> list[str]:
+    """Return a line for each contender that makes the same run as an earlier one."""
+    known: list[tuple[str, dict[str, Any]]] = []
+    lines = []
+    for each in comparison.contenders:
+        plain = _plain(each.config)
+        first = next((name for name, other in known if other == plain), None)
+        if first is None:
+            known.append((each.name, plain))
+        else:
+            lines.append(
+                f"contenders {first!r} and {each.name!r} make the same run, so nothing can tell "
+                "them apart: without pre-training (method.tgap.source='none') cgfedllm is fedavg "
+                "with its codec; remove one, or set another tgap.source"
+            )
+    return lines
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    """Return all settings of a run, those of cgfedllm without pre-training as of fedavg."""
+    table = config.resolved()
+    method = table["method"]
+    learns = isinstance(config.coding, AutoSettings) or must_learn(config.coding)
+    without = method["name"] == "cgfedllm" and method["tgap"]["source"] == "none"
+    if without and method["representation"] == "delta" and method["privacy"] is None:
+        shared = FedAvgConfig().model_dump(mode="json")
+        table["method"] = {
+            key: method[key] if key in method and key not in ("name", "tgap") else value
+            for key, value in shared.items()
+        }
+    elif method["name"] == "fedavg" and not learns:
+        table["method"] = {**method, "tgap": FedAvgConfig().model_dump(mode="json")["tgap"]}
+    return table
 
 
 def _of_files(tables: dict[Path, dict[str, Any]]) -> list[_Draft]:

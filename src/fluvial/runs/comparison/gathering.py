@@ -56,7 +56,11 @@ def gather(
         baseline=comparison.baseline,
         verdict="",
         measures=tuple(measures),
-        notes=(*_notes(contenders, results), *_one_observation(contenders, results)),
+        notes=(
+            *_notes(contenders, results),
+            *_one_observation(contenders, results),
+            *_baselines(comparison),
+        ),
         differing=comparison.differing(),
         contenders=contenders,
     )
@@ -134,9 +138,11 @@ def _differences(
 def _difference(runs: Results, base: Results, measure: str) -> Difference | None:
     """Return the difference of two contenders on the seeds and sites that both have."""
     cells: list[list[float]] = []
-    for seed in runs.keys() & base.keys():
+    seeds = runs.keys() & base.keys()
+    for seed in seeds:
         row = _cells(runs[seed], base[seed], measure)
-        once = any(row) and alike(row) and _shared(runs[seed], base[seed])
+        differs = any(row) or len(seeds) > 1  # sites of one seed tell that two runs are equal
+        once = differs and alike(row) and _shared(runs[seed], base[seed])
         row = row[:1] if once else row
         cells += [row] if row else []
 
@@ -282,6 +288,18 @@ def _one_observation(
         "all sites share one held-out set, on which a model of all sites is one observation: its "
         "difference has no interval and no test; compare under more seeds, or name held-out "
         "records of each site"
+    ]
+
+
+def _baselines(comparison: Comparison) -> list[str]:
+    """Return a remark on the baselines of single runs, which are no contenders."""
+    named = {name: None for each in comparison.contenders for name in each.config.compare}
+    if not named:
+        return []
+    return [
+        f"the baselines of each run ({', '.join(named)}) stand on its own page; to have one in "
+        "these tables, make it a contender, or remove compare from the configuration to save its "
+        "time"
     ]
 
 
