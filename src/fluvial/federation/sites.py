@@ -21,7 +21,7 @@ from fluvial.models.generation import count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.models.square import square_name
 from fluvial.models.states import base_state, initial_state
-from fluvial.training.answer_scores import AnswerSums
+from fluvial.training.answer_scores import AnswerSums, right_answers
 from fluvial.training.config import TrainConfig
 from fluvial.training.evaluate import Heldout, heldout
 from fluvial.training.processes import Job, train_job
@@ -229,6 +229,7 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int, of: str = "") -
     data = site.load()
     with pool.model(adapter, assignment=site.assignment) as model:
         sums = heldout(model, data.heldout, pad_token_id=pool.tokenizer.pad_token_id)
+    site.pool.right_answers[site.name] = None
     if not new_tokens or not data.questions:
         return measures(sums)
 
@@ -237,6 +238,7 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int, of: str = "") -
         adapter, prompts, max_new_tokens=new_tokens, assignment=site.assignment, of=of
     )
     scores = AnswerSums.over(answers, data.questions, of)
+    site.pool.right_answers[site.name] = right_answers(answers, data.questions)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
     return measures(sums, replace(scores, too_long=too_long))
 
@@ -258,8 +260,10 @@ def _measure_base(site: Site, new_tokens: int) -> Payload:
     key = records.digest()
     if key not in known:
         base = base_state(site.layout)
-        known[key] = measure_heldout(site, base, new_tokens, "the base model").values
-    return Payload(values=dict(known[key]))
+        values = measure_heldout(site, base, new_tokens, "the base model").values
+        known[key] = values, site.pool.right_answers[site.name]
+    found, site.pool.right_answers[site.name] = known[key]
+    return Payload(values=dict(found))
 
 
 def measures(sums: Heldout, scores: AnswerSums | None = None) -> Payload:

@@ -91,8 +91,11 @@ class ModelPool:
         self._bases: dict[tuple[Precision, Quantisation], Base] = {}
         self._templates: OrderedDict[_Key, _Template] = OrderedDict()
         self._parts: dict[tuple[Cut, bool], PartPool] = {}
-        self.measures_of_base: dict[bytes, dict[str, Value]] = {}
-        """Held-out measures of the base, by a digest of the records."""
+        self.measures_of_base: dict[bytes, tuple[dict[str, Value], str | None]] = {}
+        """Held-out measures of the base and its `right_answers`, by a digest of the records."""
+        self.right_answers: dict[str, str | None] = {}
+        """Right and wrong held-out answers of the last measure of each site of this process, see
+        `answer_scores.right_answers`; they are sent to nobody."""
 
     def beside(self, tuning: Tuning) -> "ModelPool":
         """Return a pool of another adapter, which shares the bases that are loaded or will be."""

@@ -38,10 +38,13 @@ def result_of(
     wall_s: float,
     texts: Texts,
     own_models: dict[str, dict[str, SiteMeasures]] | None = None,
+    right_answers: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return everything that a run found, beside the results of its baselines in `folder`.
 
-    `own_models` has the measures of the sites' own models, see `cross_site`.
+    `own_models` has the measures of the sites' own models, see `cross_site`. `right_answers` has a
+    1 or a 0 for each held-out answer of the base and of the final model, by site, where the sites
+    are in this process.
     """
     baselines = {name: _stored(folder, name) for name in BASELINES}
     promise = config.promise
@@ -65,6 +68,7 @@ def result_of(
         },
         "questions": final.answers.questions,
         "questions_too_long": final.answers.too_long,
+        "right_answers": right_answers,
         "overlap": _overlap(texts, list(final.by_site)),
         "heldout_by_site": {
             site: {"base": base.by_site[site], "final": row}

@@ -40,6 +40,7 @@ from fluvial.runs.model_card import write_cards
 from fluvial.runs.opening import check_settings, settled, site_of, tasks_of, texts_of
 from fluvial.runs.profiling import profiled
 from fluvial.runs.result import directed, recorded, result_of, traffic_of
+from fluvial.runs.right_answers import answers_of, measured
 from fluvial.runs.trackers import check_trackers, tracked
 from fluvial.storage.files import private
 from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, SETUP, read_result
@@ -352,9 +353,8 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         reporting = self._reporting()
-        rounds = self.config.rounds
-        base = self.server.measure(self.fleet, reporting, round=rounds, which="base")
-        final = self.server.measure(self.fleet, reporting, round=rounds, which="final")
+        base, of_base = measured(self.server, self.fleet, reporting, "base")
+        final, of_final = measured(self.server, self.fleet, reporting, "final")
         export = self.server.export(self.fleet, reporting, final)
         size = self.pool.layout.raw_bytes if self.config.entry.traits.sends != "nothing" else 0
         result = result_of(
@@ -363,6 +363,7 @@ class Run:
             sites=len(self.fleet.sites),
             base=base,
             final=final,
+            right_answers=answers_of(of_base, of_final),
             export=export,
             tasks=measure_tasks(self.config, self.pool, self.folder.path, export),
             traffic=traffic_of(self.fleet.meter.totals, self.setup_bytes, size, self.trained),

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fluvial.training.wilson import correlation
+
 Answer = Literal["yes", "partly", "no", "not measured"]
 
 LEAST_SITES = 3
@@ -110,6 +112,24 @@ def scores(result: Mapping[str, Any], which: Literal["base", "final"]) -> dict[s
     known = {site: score for site, score in found.items() if isinstance(score, int | float)}
     finite = {site: float(score) for site, score in known.items() if math.isfinite(score)}
     return finite if len(finite) == len(found) else {}
+
+
+def correlation_of(
+    result: Mapping[str, Any], other: Mapping[str, Any] | None, questions: float
+) -> float:
+    """Return how far both runs are right on the same questions, or a run and its base model where
+    `other` is None; 0 where results do not tell which answers were right.
+
+    `questions` is the number of independent ones.
+    """
+    ours = (result.get("right_answers") or {}).get("final") or {}
+    known = (result if other is None else other).get("right_answers") or {}
+    theirs = known.get("base" if other is None else "final") or {}
+    counts = [{site: len(marks) for site, marks in each.items()} for each in (ours, theirs)]
+    if not ours or counts[0] != counts[1]:
+        return 0.0
+    pairs = "".join(ours.values()), "".join(theirs[site] for site in ours)
+    return correlation(*pairs, questions)
 
 
 def _one_way(gains: Iterable[float]) -> bool:

@@ -12,6 +12,7 @@ from fluvial.runs.site_comparison import (
     Answer,
     Comparison,
     compare_sites,
+    correlation_of,
     losses,
     scores,
 )
@@ -286,7 +287,8 @@ def _over_questions(
     theirs = _pooled(result, "base") if other is None else _pooled(other, "final")
     if not questions or ours is None or theirs is None:
         return found
-    low, high = share_difference(ours, theirs, questions)
+    phi = correlation_of(result, other, questions)
+    low, high = share_difference(ours, theirs, questions, phi)
     return replace(found, low=low, high=high, clear=not low <= 0 <= high)
 
 

@@ -101,6 +101,14 @@ class AnswerSums:
         }
 
 
+def right_answers(answers: Iterable[str], questions: Iterable[Question]) -> str:
+    """Return a 1 for each answer that equals a reference of its question, else a 0, in order."""
+    return "".join(
+        "01"[any(exact_match(answer, each) for each in (question.answer, *question.references))]
+        for answer, question in zip(answers, questions, strict=True)
+    )
+
+
 def exact_match(answer: str, reference: str) -> bool:
     """Return True if both texts are equal, white space at both ends aside.
 

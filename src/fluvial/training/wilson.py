@@ -2,6 +2,7 @@
 difference."""
 
 import math
+from collections import Counter
 from statistics import NormalDist
 
 Z = NormalDist().inv_cdf(0.975)
@@ -20,17 +21,46 @@ def wilson(share: float, questions: float) -> tuple[float, float]:
     return max(low, 0.0), min(high, 1.0)
 
 
-def share_difference(ours: float, theirs: float, questions: float) -> tuple[float, float]:
+def share_difference(
+    ours: float, theirs: float, questions: float, phi: float = 0.0
+) -> tuple[float, float]:
     """Return the ends of the 95 % interval of `ours` less `theirs`, two shares of right answers to
-    as many `questions` each (Newcombe 1998, "Interval estimation for the difference between
-    independent proportions", method 10).
+    as many `questions` each.
 
-    The questions may be the same: two runs that are right on the same ones differ by less noise
-    than this interval has, so it is the wider one.
+    `phi` is their correlation over the same questions, see `correlation` (Newcombe 1998, "Improved
+    confidence intervals for the difference between binomial proportions based on paired data",
+    method 10). With 0 it is the interval of independent ones, which is too wide where both are
+    right on the same questions.
     """
     (low, high), (other_low, other_high) = wilson(ours, questions), wilson(theirs, questions)
     difference = ours - theirs
     return (
-        difference - math.hypot(ours - low, other_high - theirs),
-        difference + math.hypot(high - ours, theirs - other_low),
+        difference - _third_side(ours - low, other_high - theirs, phi),
+        difference + _third_side(high - ours, theirs - other_low, phi),
     )
+
+
+def correlation(ours: str, theirs: str, questions: float) -> float:
+    """Return phi of two runs' marks of the same questions, "1" for a right answer and "0" for
+    another; 0 where one of them has marks of one kind only.
+
+    A positive one is lessened for continuity, by the number of independent `questions` among them
+    (method 10 of the same paper).
+    """
+    counts = Counter(zip(ours, theirs, strict=True))
+    total = len(ours)
+    both, first, second, none = (
+        counts[pair] / total for pair in (("1", "1"), ("1", "0"), ("0", "1"), ("0", "0"))
+    )
+    sides = (both + first) * (second + none) * (both + second) * (first + none)
+    if sides <= 0:
+        return 0.0
+    product = both * none - first * second
+    if product > 0:
+        product = max(product - 1 / (2 * questions), 0.0)
+    return product / math.sqrt(sides)
+
+
+def _third_side(one: float, other: float, phi: float) -> float:
+    """Return the side of a triangle against the angle of cosine `phi` between two sides."""
+    return math.sqrt(max(one * one - 2 * phi * one * other + other * other, 0.0))

@@ -3,6 +3,7 @@ hand."""
 
 import json
 import math
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from fluvial.methods import METHODS
 from fluvial.report import result_tables, show
 from fluvial.report.page import write_page
 from fluvial.runs.result import described
-from fluvial.runs.site_comparison import losses, mean_interval
+from fluvial.runs.site_comparison import correlation_of, losses, mean_interval
 from fluvial.runs.verdict import judge
 from fluvial.storage.run_files import read_run
-from fluvial.training.wilson import share_difference
+from fluvial.training.wilson import correlation, share_difference
 from tests.support.runs import run_table
 from tests.unit.report.test_show import config, gate, records, result, text_of, write
 
@@ -266,6 +267,65 @@ def test_the_interval_of_two_shares_is_newcombes() -> None:
     low, high = share_difference(0.3, 0.2, 100)
     assert low == pytest.approx(0.1 - (0.0811**2 + 0.0888**2) ** 0.5, abs=2e-4)
     assert high == pytest.approx(0.1 + (0.0958**2 + 0.0666**2) ** 0.5, abs=2e-4)
+
+
+def paired(share: float, marks: str) -> dict[str, Any]:
+    """A result whose 40 questions, 10 of each site, were answered as `marks` say."""
+    by_site = {site: marks[10 * n : 10 * n + 10] for n, site in enumerate("abcd")}
+    return scored(share, 0.1, 2.8) | {
+        "questions": 40,
+        "heldout_pooled": {"base": {"exact_match": 0.1}, "final": {"exact_match": share}},
+        "right_answers": {"base": dict.fromkeys("abcd", "1" + 9 * "0"), "final": by_site},
+    }
+
+
+def test_two_runs_that_answer_the_same_questions_are_paired() -> None:
+    """Six more of 40 answers are clear where the 20 others are right for both, and else not."""
+    ours = paired(26 / 40, 26 * "1" + 14 * "0")
+    for theirs, clear in (
+        (paired(20 / 40, 20 * "1" + 20 * "0"), True),
+        (paired(20 / 40, 20 * "0" + 20 * "1"), False),
+        (paired(20 / 40, 20 * "1" + 20 * "0") | {"right_answers": None}, False),
+    ):
+        found = judge(ours, {"local": theirs}).answers["local"]
+        assert found.clear == clear
+        assert found.low is not None
+    other = paired(20 / 40, 20 * "1" + 20 * "0")
+    other["right_answers"]["final"]["a"] += "1"
+    assert correlation_of(ours, other, 40) == 0, "other questions are no pairs"
+    ours["right_answers"]["base"] = ours["right_answers"]["final"]
+    assert correlation_of(ours, None, 40) > 0.9, "the base model answers them too"
+
+
+def test_intervals_of_paired_shares_are_narrower_and_hold_what_they_say() -> None:
+    """Of 2,000 draws of 60 questions, on most of which two runs agree."""
+    draw = random.Random(0)
+    held, widths = 0, [0.0, 0.0]
+    for _ in range(2000):
+        hard = [draw.random() for _ in range(60)]
+        ours = "".join("01"[h < 0.55 or draw.random() < 0.05] for h in hard)
+        theirs = "".join("01"[h < 0.45 or draw.random() < 0.05] for h in hard)
+        shares = ours.count("1") / 60, theirs.count("1") / 60
+        for number, phi in enumerate((correlation(ours, theirs, 60), 0.0)):
+            low, high = share_difference(*shares, 60, phi)
+            widths[number] += high - low
+            if not number:
+                held += low <= 0.095 <= high
+    assert 0.94 < held / 2000 < 0.985
+    assert widths[0] < 0.75 * widths[1]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "phi"),
+    [
+        ("1100", "1100", (0.25 - 1 / 8) / 0.25),
+        ("1100", "0011", -1.0),
+        ("1111", "1100", 0.0),
+        ("1010", "1100", 0.0),
+    ],
+)
+def test_the_correlation_of_marks_by_hand(ours: str, theirs: str, phi: float) -> None:
+    assert correlation(ours, theirs, 4) == pytest.approx(phi)
 
 
 def test_a_mean_of_answers_that_one_site_raised_is_no_clear_gain() -> None:
