@@ -56,7 +56,7 @@ def encode_chat(
     ids, offsets = _tokens(place, rendered, tokenizer)
     question = None
     if len(messages) - 1 in learned:
-        question = _question(place, messages, tokenizer, rendered)
+        question = _question(place, chat, tokenizer, rendered)
 
     labels = [
         token
@@ -68,9 +68,10 @@ def encode_chat(
 
 
 def _question(
-    place: object, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, rendered: str
+    place: object, chat: Chat, tokenizer: PreTrainedTokenizerBase, rendered: str
 ) -> Question | None:
     """Return the last turn of the assistant as a question after all turns before it."""
+    messages = chat.messages
     if len(messages) < 2:
         return None
 
@@ -79,7 +80,7 @@ def _question(
         return None
     ids, _ = _tokens(place, prompt, tokenizer)
     shown = prompt.removeprefix(tokenizer.bos_token or "")  # the ids have it; no person wrote it
-    return Question(shown, messages[-1]["content"], prompt_ids=tuple(ids))
+    return Question(shown, messages[-1]["content"], chat.references, tuple(ids))
 
 
 def chat_prompt(

@@ -9,6 +9,7 @@ from fluvial.data.examples import Overlong
 from fluvial.data.files import UTF8, known_encoding
 from fluvial.data.forms import FIELDS, Form
 from fluvial.data.partition import Iid, Partition
+from fluvial.data.read_as import ReadAs
 from fluvial.data.records import Numbers
 from fluvial.settings import Settings
 from fluvial.storage.kinds import kind_of, taken_over
@@ -49,6 +50,8 @@ class SiteDataSettings(SourceSettings):
     """Settings of `heldout_source`, where they differ."""
     numbers: Numbers | None = None
     """Treatment of JSON numbers where a text is needed: "refuse" or "text"."""
+    read_as: ReadAs | None = None
+    """Form that the site's records are read as, in place of that of [data]."""
     chat_template: str | None = None
     """Chat template of the site's conversations, in place of that of [data]."""
 
@@ -82,6 +85,10 @@ class DataConfig(Settings):
     numbers: Numbers = "refuse"
     """JSON numbers and booleans in place of a text: refused, or read as the file writes them
     ("text")."""
+    read_as: ReadAs | None = None
+    """Form that records with answers are read as, training and held-out records alike:
+    "prompt_completion" (conversations of one question with its answer are read without a template)
+    or "messages" (prompts are read as conversations, in the chat template); unset, their own."""
     heldout: SourceSettings | None = None
     """Settings of `heldout_source` that differ from those of [data]."""
     public: SourceSettings | None = None
@@ -125,6 +132,7 @@ class DataConfig(Settings):
                 "heldout_share",
                 "heldout",
                 "partition",
+                "read_as",
                 "chat_template",
                 "overlong",
                 "form",
@@ -228,6 +236,7 @@ class DataConfig(Settings):
         return ReadingSettings(
             **({"encoding": UTF8, "delimiter": None} | table | given),
             numbers=self.numbers,
+            read_as=self.read_as,
             own=frozenset(given),
         )
 
@@ -240,6 +249,7 @@ class ReadingSettings(Settings):
     encoding: str
     delimiter: str | None
     numbers: Numbers
+    read_as: ReadAs | None
     own: frozenset[str]
     """Settings that were given for this source alone."""
 

@@ -90,6 +90,8 @@ class Chat:
     messages: Sequence[Message]
     unlearned: frozenset[int] = frozenset()
     """Numbers of the turns of weight 0, from 0 on, which have no loss."""
+    references: tuple[str, ...] = ()
+    """Further answers that the last turn is scored against; without loss."""
 
 
 @dataclass(frozen=True)

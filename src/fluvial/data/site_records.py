@@ -1,10 +1,12 @@
 """The records of every site: read from their sources, partitioned, and a share held out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 
 from fluvial.data.config import DataConfig, SiteDataSettings
 from fluvial.data.faults import Faults, shown
+from fluvial.data.forms import CONVERSATIONS, Form
 from fluvial.data.partition import Drawn, Files, Natural, alike, split
+from fluvial.data.read_as import SETTING, kinds_apart
 from fluvial.data.records import Record
 from fluvial.data.site_names import chosen
 from fluvial.data.sources import (
@@ -18,6 +20,8 @@ from fluvial.data.sources import (
 from fluvial.errors import ConfigError
 from fluvial.seeds import derive, numpy_generator
 
+SOURCES = ("source", "heldout_source")
+"""Settings of the records to train on and of those held out."""
 Parts = dict[str, tuple[Sequence[Record], Sequence[Record]]]
 """Records to train on and held-out records of each site."""
 
@@ -35,6 +39,12 @@ class SiteRecords:
         """Forms of the records."""
         self.public_forms: set[str] = set()
         """Forms of the public records, once they were read."""
+        self.conversing: set[str] = set()
+        """Sites with a table of their own that have conversations."""
+        self.changed: set[str] = set()
+        """Owners of the records whose form `data.read_as` changes; "" for those of all sites."""
+        self._forms_at: dict[str, list[Form]] = {}
+        """Forms of the records of each source, by its setting."""
 
     def read(self, faults: Faults) -> Parts:
         """Return the records of each site; faults of the files go to `faults`."""
@@ -47,7 +57,9 @@ class SiteRecords:
         heldout = self._heldout_source()
 
         if self.owner is not None:
-            return self._whole(train, heldout, faults, self.owner)
+            alone = self._whole(train, heldout, faults, self.owner)
+            self._compare_forms()
+            return alone
         if isinstance(config.partition, Files):
             parts = self._by_file(train, faults)
             apart = self._by_file(heldout, faults) if heldout else None
@@ -59,6 +71,7 @@ class SiteRecords:
 
         if faults.count:
             return {}
+        self._compare_forms()
 
         if config.sites is not None:
             names = chosen(sorted(parts), config.sites)
@@ -72,6 +85,24 @@ class SiteRecords:
 
         return self._matched(parts, apart, faults)
 
+    def _compare_forms(self) -> None:
+        """Note held-out records of another kind than those to train on."""
+        trained, heldout = (self._forms_at.get(f"data.{name}", []) for name in SOURCES)
+        self.notes += kinds_apart(trained, heldout)
+
+    def idle(self, names: Collection[str]) -> dict[str, str]:
+        """Return the settings about conversations that change no record of the sites `names`, by
+        their place, and why."""
+        idle = {}
+        if self.config.read_as and not self.changed:
+            idle[SETTING] = "no record has another form"
+        for name, own in self.config.by_site.items():
+            if name in names and own.chat_template and name not in self.conversing:
+                idle[f"data.by_site.{name}.chat_template"] = "no record of it is a conversation"
+            if name in names and own.read_as and name not in self.changed:
+                idle[f"data.by_site.{name}.read_as"] = "no record of it has another form"
+        return idle
+
     def public(self) -> list[Record]:
         """Return the public records; raise `DataError` for what cannot be read."""
         assert self.config.public_source is not None, "there is a public source"
@@ -81,6 +112,7 @@ class SiteRecords:
         faults.raise_any()
         self.notes += records.notes
         self.public_forms |= set(records.forms)
+        self.changed |= {""} if records.changed else set()
 
         return [entry.record for entry in records.entries]
 
@@ -97,18 +129,24 @@ class SiteRecords:
             strict=where == "data.source" and self.owner is None,
         )
 
-    def _noted(self, read: Callable[[], Found], faults: Faults) -> Found | None:
-        """Return the result of `read` and add its notes; return None, and add a fault, if it
-        raises."""
+    def _noted(self, source: Source, faults: Faults) -> Found | None:
+        """Return the records of a source and add its notes; return None, and add a fault, if it
+        cannot be read."""
         try:
-            found = read()
+            found = read_source(source, faults)
         except ConfigError as error:
             faults.include(error)
             return None
 
+        self._add(source, found)
+        return found
+
+    def _add(self, source: Source, found: Found) -> None:
+        """Add what is known about the records of a source."""
         self.notes += found.notes
         self.forms |= set(found.forms)
-        return found
+        self.changed |= {self.owner or ""} if found.changed else set()
+        self._forms_at.setdefault(source.where, []).extend(found.forms)
 
     def _heldout_source(self) -> Source | None:
         config = self.config
@@ -142,8 +180,8 @@ class SiteRecords:
 
     def _whole(self, train: Source, heldout: Source | None, faults: Faults, owner: str) -> Parts:
         """Return the records of a site that has its files to itself."""
-        own = self._noted(lambda: read_source(train, faults), faults)
-        apart = self._noted(lambda: read_source(heldout, faults), faults) if heldout else None
+        own = self._noted(train, faults)
+        apart = self._noted(heldout, faults) if heldout else None
 
         if faults.count or own is None:
             return {}
@@ -162,8 +200,12 @@ class SiteRecords:
             own = Faults()
             records = SiteRecords(self.config.of_site(name), self.seed, name)
             parts |= records.read(own)
-            self.notes += [f"site {shown(name)}: {note}" for note in records.notes]
+            setting = SETTING.replace("data.", f"data.by_site.{name}.")
+            notes = (note.replace(SETTING, setting) for note in records.notes)
+            self.notes += [f"site {shown(name)}: {note}" for note in notes]
             self.forms |= records.forms
+            self.conversing |= {name} if records.forms & CONVERSATIONS else set()
+            self.changed |= records.changed
             faults.include_all(own.of_site(name, SiteDataSettings.model_fields))
 
         self.notes += alike({name: len(train) for name, (train, _) in parts.items()})
@@ -176,14 +218,14 @@ class SiteRecords:
             faults.include(error)
             return {}
 
-        self.notes += [note for each in found.values() for note in each.notes]
-        self.forms |= {form for each in found.values() for form in each.forms}
+        for each in found.values():
+            self._add(source, each)
         return {name: [entry.record for entry in each.entries] for name, each in found.items()}
 
     def _by_partition(
         self, source: Source, partition: Drawn, faults: Faults
     ) -> dict[str, list[Record]]:
-        found = self._noted(lambda: read_source(source, faults), faults)
+        found = self._noted(source, faults)
         if found is None or not found.entries:
             return {}
 

@@ -13,6 +13,7 @@ from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
 from fluvial.data.parquet_reader import rows_of
 from fluvial.data.partition import Drawn, Iid
+from fluvial.data.read_as import form_read, read_as
 from fluvial.data.readers import READERS, read_file
 from fluvial.data.reading import Reading
 from fluvial.data.records import Record, RecordReader, Text, encodable
@@ -61,7 +62,9 @@ class Found:
     entries: list[Entry]
     notes: list[str]
     forms: list[Form] = field(default_factory=list)
-    """Forms of the source's records."""
+    """Forms of the source's records, as they are read (`data.read_as`)."""
+    changed: bool = False
+    """True where `data.read_as` reads some records in another form than the file's."""
 
 
 def is_local(name: str) -> bool:
@@ -117,6 +120,7 @@ def _joined(parts: Iterable[Found]) -> Found:
         found.entries += part.entries
         found.notes += part.notes
         found.forms += part.forms
+        found.changed |= part.changed
 
     return found
 
@@ -235,11 +239,13 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
         faults.include(error)
         return found
 
-    found.forms.append(reader.form)
+    wanted = source.reading.read_as
+    found.forms.append(form_read(reader.form, wanted))
+    found.changed = found.forms[-1] != reader.form
     empty = 0
     for row in table.rows:
         try:
-            record = reader.read(row.place, row.cells)
+            record = read_as(reader.read(row.place, row.cells), wanted)
         except ConfigError as error:
             faults.include(error)
             continue

@@ -98,7 +98,7 @@ class SiteTexts:
         """Training sequences of each site, once `check` has counted them."""
         self.num_questions = 0
         """Held-out questions of all sites, once `check` has counted them."""
-        self._public_forms = records.public_forms
+        self._records = records
         faults = Faults()
         self._public_records = cache(records.public)
         self._bundled = SOURCES[config.source] if config.bundled else None
@@ -214,15 +214,13 @@ class SiteTexts:
     def idle(self) -> dict[str, str]:
         """Return the settings that change nothing in records of these forms, by their place, and
         why; after `check`, which reads all of them."""
-        forms = self.forms | self._public_forms
+        forms = self.forms | self._records.public_forms
         idle = {}
         if forms == {"text"}:
             idle = dict.fromkeys(("data.loss_on", "data.overlong"), "all records are plain text")
         if not forms & CONVERSATIONS:
             idle["data.chat_template"] = "no record is a conversation"
-        for name, own in self.config.by_site.items():
-            if name in self.names and own.chat_template and not self._has_chats(name):
-                idle[f"data.by_site.{name}.chat_template"] = "no record of it is a conversation"
+        idle |= self._records.idle(self.names)
         if not self.num_questions:
             idle["evaluate.max_new_tokens"] = "no held-out record has a question"
 

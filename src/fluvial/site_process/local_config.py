@@ -26,6 +26,7 @@ INDEPENDENT = (
     "encoding",
     "delimiter",
     "numbers",
+    "read_as",
     "chat_template",
     "heldout_share",
     "max_length",

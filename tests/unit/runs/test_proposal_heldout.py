@@ -1,12 +1,19 @@
 """Held-out records that `fluvial init` is given: of one source, of several, and of some sites."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, load
 from fluvial.runs.plan import plan
+from fluvial.runs.proposal.heldout import ALL, fitted
+from fluvial.runs.proposal.models import look_at_model
+from fluvial.runs.proposal.records import facts_about, read_records
+from fluvial.runs.proposal.same_form import in_one_form
+from fluvial.runs.proposal.settings import Answers, chat_template
 from tests.unit.runs.test_proposal import answers, proposed, run_init, written
 
 
@@ -70,6 +77,46 @@ def test_held_out_records_whose_columns_or_bytes_differ(tiny_model: Path) -> Non
     strange = written([{"x": row["prompt"], "y": row["completion"]} for row in rows], "x.jsonl")
     with pytest.raises(ConfigError, match=r"--heldout 'x.jsonl': its columns x, y fit no form.*"):
         proposed(*options, strange)
+
+
+@pytest.mark.parametrize(
+    ("template", "turns", "form"),
+    [(None, 1, "prompt_completion"), ("plain", 1, "messages"), (None, 2, "messages")],
+)
+def test_held_out_prompts_beside_conversations_are_read_in_one_form(
+    tiny_model: Path, template: str | None, turns: int, form: str
+) -> None:
+    """A site was trained in a chat template and measured without one."""
+    model = look_at_model(str(tiny_model))
+    model.tokenizer.chat_template = template
+    rows = answers(4)
+    turn = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It"}]
+    chats = written([{"messages": turn * turns} for _ in rows], "chats.jsonl")
+    asked = written([{"prompt": "Who?", "completion": "It"}], "asked.jsonl")
+    records = facts_about(read_records(chats), {})
+    heldout = fitted({ALL: read_records(asked)}, records)
+
+    has = template is not None
+    same, apart = in_one_form(records, heldout, has_template=has)
+    assert same.read_as == apart[ALL].facts.read_as == form
+    assert same.is_conversation == (form == "messages")
+    known = cast(Answers, SimpleNamespace(model=model, heldout=apart))
+    assert bool(chat_template(known, same)) == (form == "messages" and not has)
+    assert in_one_form(records, {}, has_template=has) == (records, {})
+
+
+def test_one_site_of_several_with_conversations_is_read_as_the_others(tiny_model: Path) -> None:
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "It"}]
+    written([{"messages": turns}] * 6, "bern.jsonl")
+    pairs = [{"prompt": f"Who {n}?", "completion": "It"} for n in range(6)]
+    written(pairs, "rome.jsonl")
+    config = proposed(
+        *("--model", str(tiny_model), "--data", "bern.jsonl", "--data", "rome.jsonl"),
+        *("--heldout", written(pairs, "asked.jsonl")),
+    )
+    assert config.data.by_site["bern"].read_as == "prompt_completion"
+    assert config.data.by_site["bern"].chat_template is None
+    assert config.data.by_site["rome"].read_as is None
 
 
 def _three_sites() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from fluvial.runs.proposal.heldout import ALL, fitted_parts, read_heldout
 from fluvial.runs.proposal.lengths import include_unfit
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, readable_records
+from fluvial.runs.proposal.same_form import parts_in_one_form
 from fluvial.runs.proposal.separate import named_sources, parts_of
 
 
@@ -57,6 +58,8 @@ class Given:
             for facts in (*parts.values(), *(each.facts for each in apart.values())):
                 facts.include_faults(self.faults[facts.source])
             if model is not None:
+                alike = parts_in_one_form(parts, apart, has_template=model.has_template)
+                parts, apart = alike
                 heldout = [each.facts for each in apart.values()]
                 include_unfit(list(parts.values()), heldout, model, self.faults)
 

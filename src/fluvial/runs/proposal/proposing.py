@@ -17,6 +17,7 @@ from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, SeparateFacts
+from fluvial.runs.proposal.same_form import in_one_form
 from fluvial.runs.proposal.settings import Answers, sections
 from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.storage import paths
@@ -52,6 +53,7 @@ def propose(
 
     Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
     """
+    data, heldout = in_one_form(data, heldout or {}, has_template=model.has_template)
     lengths = measure_lengths(data, model)
     is_text = data.form == "text"
     answers = Answers(
@@ -68,10 +70,8 @@ def propose(
         limits=limits,
         uplink_mbps=uplink_mbps,
         public_path=None if public is None else path_from(file, public),
-        heldout=heldout or {},
-        heldout_paths={
-            name: _named(file, own.facts.files) for name, own in (heldout or {}).items()
-        },
+        heldout=heldout,
+        heldout_paths={name: _named(file, own.facts.files) for name, own in heldout.items()},
     )
     limited = "; ".join(LIMITS[limit] for limit in LIMITS if limit in limits) or "none"
     head = [

@@ -1,13 +1,14 @@
 """Facts about records: how their files are read, their form, and the sites they belong to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
+from fluvial.data.read_as import ReadAs, form_read, read_as
 from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
 from fluvial.data.sources import Source, is_local, tables
@@ -58,6 +59,8 @@ class DataFacts:
     """Columns to rename: our field = the file's column."""
     numbers: bool
     """True where a text is a JSON number or boolean."""
+    read_as: ReadAs | None = field(default=None, kw_only=True)
+    """Form that the records are read as, where it is not their own."""
 
     @property
     def source(self) -> str:
@@ -82,7 +85,7 @@ class DataFacts:
     @property
     def is_conversation(self) -> bool:
         """True where a chat template renders the records."""
-        return self.form in CONVERSATIONS
+        return form_read(self.form, self.read_as) in CONVERSATIONS
 
     @property
     def texts(self) -> Sequence[str]:
@@ -112,7 +115,7 @@ class DataFacts:
         records = []
         for row in rows:
             with faults.catch():
-                records.append(reader.read(row.place, row.cells))
+                records.append(read_as(reader.read(row.place, row.cells), self.read_as))
 
         return records
 

@@ -19,6 +19,7 @@ from fluvial.runs.proposal.limits import Limit, method_for
 from fluvial.runs.proposal.methods import method_sections
 from fluvial.runs.proposal.models import ModelFacts, can_quantise
 from fluvial.runs.proposal.records import DataFacts, SeparateFacts
+from fluvial.runs.proposal.same_form import WHY
 from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.training.config import TrainConfig
 from fluvial.wire.tensors import Layout
@@ -218,6 +219,8 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
     if data.columns:
         why = "our field = your column"
         settings.append(Setting("columns", dict(data.columns), why))
+    if data.read_as is not None:
+        settings.append(Setting("read_as", data.read_as, WHY[data.read_as]))
     apart = answers.heldout.get(site)
     if data.numbers or (apart is not None and apart.facts.numbers):
         settings.append(Setting("numbers", "text", "some texts are JSON numbers"))
