@@ -68,6 +68,8 @@ def resolve(cell: str, bed: Bed, learning_rate: float, seed: int, **tables: Any)
     if (folder := CORPORA[cell].folder) is not None:
         public = SHARED / "data" / PUBLIC.get(folder, PLAYS)
         corpus["data"] |= {"public_source": str(public)}
+        if folder in PUBLIC:
+            corpus["data"].pop("public", None)  # its own questions are read as those of the sites
     lora = {"lora_alpha": 16, "lora_dropout": 0.0, **tables.pop("lora", {})}
     table: Table = {
         **corpus,

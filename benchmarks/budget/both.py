@@ -6,10 +6,11 @@
 All contenders have the local learning rate that is best for the *uncompressed* run on seed 0. The
 target is the loss of the uncompressed run, same seed, after two thirds of the rounds. The fixed
 adapter is rank 8 on q, k, v and o. A budget is all or a third of the bytes that a site sends and
-receives with it and powersgd at 1/64 both ways in the whole run. With a third, one choice has the
-local steps of all others, and one is free to take two or four times as many. By hand, every adapter
-of the grid runs on the sites' own data within a third, on seed 0 and with the usual steps, with
-powersgd and with trellis both ways.
+receives with it and powersgd at 1/64 both ways in the whole run. Trials are as long as the run,
+because coarse codecs of both ways may lose again after some rounds what they had gained. With a
+third, one choice has the local steps of all others, and one is free to take two or four times as
+many. By hand, every adapter of the grid runs on the sites' own data within a third, on seed 0 and
+with the usual steps, with powersgd and with trellis both ways.
 """
 
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
 
         whole: Table = {
             "total_bytes": int(limit),
-            "trial_rounds": bed.trial_rounds,
+            "trial_rounds": bed.rounds,
             "r": list(bed.ranks),
             "target_modules": list(bed.targets),
         }

@@ -279,6 +279,17 @@ def test_a_limit_of_both_directions_has_a_coded_downlink(table: Table, tmp_path:
     tried = {(row["codec"], row["downlink"]) for row in choice["trials"]}
     assert {"trellis", "powersgd"} <= {up for up, _ in tried}
     assert {"trellis", "powersgd"} <= {down for _, down in tried}
+    pairs = [
+        (row["r"], row["target_modules"], row["codec"], row["downlink"]) for row in choice["trials"]
+    ]
+    assert len(set(pairs)) == len(pairs)
+    begun: dict[Any, set[Any]] = {}
+    for *adapter, up, down in pairs:
+        begun.setdefault(tuple(adapter), set()).add((up, down))
+    both = {("trellis", "trellis"), ("powersgd", "powersgd")}
+    for ways in begun.values():  # each adapter begins with what fits exactly, or with both
+        assert both <= ways or not both & ways
+    assert any(both <= ways for ways in begun.values())
 
 
 def test_each_limit_of_bytes_bounds_the_run(timed: Table) -> None:

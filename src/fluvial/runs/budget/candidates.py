@@ -157,6 +157,19 @@ class Costs:
         later = self.candidates(adapter, pool, [each.pair for each in finest])
         return found or next(later, None)
 
+    def starts(self, adapter: Adapter, pool: ModelPool, tried: Sequence[Pair]) -> list[Candidate]:
+        """Return the candidates with which the trials of an adapter begin: the first that fits, and
+        where this has one codec with a rate for both ways, each other such codec.
+
+        Which of these loses less depends on the adapter: of matrices of rank 1 `powersgd` has
+        nothing to leave out. Raises as `candidates`.
+        """
+        first = self.first(adapter, pool, tried)
+        if first is None or not first.pair.is_one_codec:
+            return [] if first is None else [first]
+        others = [pair for pair in tried if pair.is_one_codec and pair != first.pair]
+        return [first, *self.candidates(adapter, pool, others)]
+
     def _room(self, finest: Candidate) -> tuple[float, float]:
         """Return the bits of a value, first of the way that has fewer, with which a pair whose
         `finest` candidate this is would take all of the budget."""

@@ -3,7 +3,8 @@
 Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with the fewest steps, then
 the numbers of steps for the two best adapters, then for the best of these the codecs of the
 downlink, where a limit counts downloads, and those of the uplink. Every candidate has the
-largest frames that the budget allows it, so all are compared at equal cost.
+largest frames that the budget allows it, so all are compared at equal cost. An adapter whose frames
+must be coarse in both directions begins with each codec that may carry both.
 """
 
 import logging
@@ -122,13 +123,13 @@ class _Search:
     def best(self) -> Candidate:
         """Return the candidate of the least loss."""
         if not self.free:
-            only = self._first(self.all_adapters[0])
-            if only is None:
+            only = self._starts(self.all_adapters[0])
+            if not only:
                 raise ConfigError(self._nothing_fits())
-            return only
+            return only[0]
 
         fewest = [each for each in self.all_adapters if each.max_steps == self._steps[0]]
-        first = self._first_codecs(fewest)
+        first = self._all_starts(fewest)
         if not first:
             raise ConfigError(self._nothing_fits())
 
@@ -145,7 +146,7 @@ class _Search:
             for each in finalists
             for steps in self._steps[1:]
         ]
-        finished = self._finish([*finalists, *self._try(self._first_codecs(longer))])
+        finished = self._finish([*finalists, *self._try(self._all_starts(longer))])
         winner = _least(finished, 1)[0]
         for others in (other_downlinks, other_codecs):
             winner = self._best_of(winner, others(winner.candidate.pair, self.budget, self.free))
@@ -168,35 +169,37 @@ class _Search:
             self._pools[key] = self._pool.beside(tuning)
         return self._pools[key]
 
-    def _first(self, adapter: Adapter) -> Candidate | None:
-        """Return the first candidate of an adapter within the budget, None where there is none.
+    def _starts(self, adapter: Adapter) -> list[Candidate]:
+        """Return the first candidates of an adapter within the budget.
 
-        An adapter that the model cannot have is none, unless the configuration asks for it.
+        An adapter that the model cannot have has none, unless the configuration asks for it.
         """
         try:
-            return self.costs.first(adapter, self._pool_of(adapter), self.pairs)
+            return self.costs.starts(adapter, self._pool_of(adapter), self.pairs)
         except ConfigError as error:
             proposed = self.free.target_modules or self.free.r
             if not (proposed and str(error).startswith("lora.")):
                 raise
             logger.info("budget: %s is no candidate: %s", _named(adapter), error)
             self._impossible[_named(adapter)] = str(error)
-            return None
+            return []
 
-    def _first_codecs(self, some: Sequence[Adapter]) -> list[Candidate]:
-        """Return the first candidate of each adapter; of adapters with equal tensors, one."""
-        found: dict[tuple[Layout, int | None], Candidate] = {}
-        for adapter in some:
-            each = self._first(adapter)
-            if each is not None:
-                found.setdefault((each.layout, adapter.max_steps), each)
+    def _all_starts(self, some: Sequence[Adapter]) -> list[Candidate]:
+        """Return the first candidates of each adapter; of adapters with equal tensors, those of
+        one."""
+        found: dict[tuple[Layout, int | None, Pair], Candidate] = {}
+        for each in dict.fromkeys(some):
+            for start in self._starts(each):
+                found.setdefault((start.layout, each.max_steps, start.pair), start)
         return list(found.values())
 
     def _best_of(self, winner: Tried, tried: Sequence[Pair]) -> Tried:
         """Return the trial of least loss among that of `winner` and those with its adapter and
-        other codecs."""
+        codecs that were not tried with it."""
         adapter = winner.candidate.adapter
-        candidates = self.costs.candidates(adapter, self._pool_of(adapter), tried)
+        known = {each.candidate.pair for each in self.tried if each.candidate.adapter == adapter}
+        new = [pair for pair in tried if pair not in known]
+        candidates = self.costs.candidates(adapter, self._pool_of(adapter), new)
         return _least(self._finish([winner, *self._try(list(candidates))]), 1)[0]
 
     def _try(self, candidates: Sequence[Candidate]) -> list[Tried]:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 
 from fluvial.runs.budget.config import BudgetConfig
+from fluvial.runs.budget.pairs import num_starts
 from fluvial.runs.budget.settled import Open
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ def stages(
     uplink, and sites that train alone.
     """
     rounds = budget.trial_rounds
-    going = num_adapters
+    starts = num_starts(budget, free)
+    going = num_adapters * starts
     done = 0
     found = []
     for until in (*part_rounds(rounds), rounds):
@@ -42,7 +44,7 @@ def stages(
         len(budget.tried_downlinks) - 1 if free.downlink else 0,
         len(budget.tried_codecs) - 1 if free.codec else 0,
     )
-    finalists = min(FINALISTS, num_adapters)
+    finalists = starts * min(FINALISTS, num_adapters)
     found.append(finalists * rounds * sum(steps[1:]))
     return (*found, *(number * rounds * steps[-1] for number in others), rounds * steps[-1])
 

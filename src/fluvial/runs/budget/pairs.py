@@ -40,6 +40,11 @@ class Pair:
         return self.down not in _BITS
 
     @property
+    def is_one_codec(self) -> bool:
+        """Return whether one codec with a rate carries both ways."""
+        return self.rated_up and self.up == self.down
+
+    @property
     def coarseness(self) -> tuple[float, float, float]:
         """Return a key that is least for the pair whose coarser codec is the most exact.
 
@@ -72,6 +77,11 @@ def pairs(budget: BudgetConfig, free: Open) -> list[Pair]:
     downs = budget.tried_downlinks if free.downlink else (None,)
     found = [Pair(up, down) for up in ups for down in downs]
     return sorted(found, key=lambda pair: pair.coarseness) if free.downlink else found
+
+
+def num_starts(budget: BudgetConfig, free: Open) -> int:
+    """Return the number of pairs with which the trials of an adapter begin, at most."""
+    return max(1, sum(pair.is_one_codec for pair in pairs(budget, free)))
 
 
 def other_downlinks(winner: Pair, budget: BudgetConfig, free: Open) -> list[Pair]:
