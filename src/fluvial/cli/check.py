@@ -55,7 +55,7 @@ def preview(
     overrides: Overrides = None,
     format: Format = "table",
 ) -> None:
-    """Show the tokens that a site trains on; those that carry loss are marked."""
+    """Show the tokens that a site trains on, and a held-out record; what carries loss is marked."""
     settings = load_config(config, overrides)
     with spinner("reading data"):
         from fluvial.report.plan_tables import preview_text

@@ -4,6 +4,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fluvial.data.faults import shown
 from fluvial.formatting import safe_text
 from fluvial.report.tables import table
 from fluvial.storage.run_files import JsonObject
@@ -16,6 +17,8 @@ SITE_COLUMNS = {
     "truncated_records": "truncated\nrecords",
 }
 """Headings of the counts of a site, by their keys in a plan."""
+MOST_OTHERS = 20
+"""Names of other sites that a preview lists."""
 
 
 def plan_table(planned: JsonObject) -> Group:
@@ -51,19 +54,23 @@ def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:
 
     With `marks` these stand in «» too, for outputs without colours.
     """
+    learned = "«what stands in these marks»" if marks else "what is green"
     content: list[RenderableType] = [
         Text.assemble(
-            f"site {safe_text(preview['site'])}, {preview['form']}: ",
-            ("«loss»" if marks else "loss", "bold green"),
-            ", ",
-            ("no loss", "dim"),
+            f"site {safe_text(preview['site'])}: ",
+            (learned, "bold green"),
+            " is learned (it has loss), ",
+            ("the rest is read only", "dim"),
         ),
         Text(
-            f"{preview['train_records']:,} training records in {preview['train']:,} sequences; "
-            f"{preview['heldout_records']:,} held-out records are not shown"
+            f"{preview['train_records']:,} training records in {preview['train']:,} sequences, "
+            f"{preview['heldout_records']:,} held-out records{_others(preview)}"
         ),
     ]
-    for number, sequence in enumerate(preview["sequences"], start=1):
+    names = [f"Sequence {number}" for number, _ in enumerate(preview["sequences"], start=1)]
+    names += ["Held out, which is measured and not trained"] * len(preview["heldout"])
+    sequences = (*preview["sequences"], *preview["heldout"])
+    for name, sequence in zip(names, sequences, strict=True):
         text = Text()
         for token in sequence["tokens"]:
             # Token by token: `safe_text` would count the newlines of several tokens as one run.
@@ -72,6 +79,14 @@ def preview_text(preview: JsonObject, *, marks: bool = False) -> Group:
             text.append(pieces, style="bold green" if token["loss"] else "dim")
 
         lengths = f"{sequence['length']} tokens, {sequence['label_tokens']} with loss"
-        content += [Text(f"\nSequence {number}: {lengths}", style="bold"), text]
+        content += [Text(f"\n{name}: {lengths}", style="bold"), text]
 
     return Group(*content)
+
+
+def _others(preview: JsonObject) -> str:
+    """Return the names of the other sites, as the end of a line."""
+    others = [shown(name) for name in preview["sites"] if name != preview["site"]]
+    more = ", ..." if len(others) > MOST_OTHERS else ""
+    listed = f"{', '.join(others[:MOST_OTHERS])}{more}"
+    return f"; --site NAME shows another site: {listed}" if others else ""

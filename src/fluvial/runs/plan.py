@@ -8,7 +8,7 @@ from torch import nn
 
 from fluvial.codecs import must_learn
 from fluvial.codecs.auto import AutoSettings
-from fluvial.data import IGNORE_INDEX, POOLED, SiteTexts
+from fluvial.data import IGNORE_INDEX, POOLED, Example, SiteTexts
 from fluvial.data.overlap import Asked, own_only
 from fluvial.errors import ConfigError
 from fluvial.formatting import privacy_words
@@ -183,7 +183,8 @@ def _measured_words(config: RunConfig, forecast: Forecast) -> str:
 
 
 def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
-    """The first `count` training sequences of a site, token by token, with the loss mask."""
+    """The first `count` training sequences of a site and its first held-out one, token by token,
+    with the loss mask."""
     tokenizer = load_tokenizer(config.model)
     texts = SiteTexts(config.data, tokenizer, seed=config.seed)
     name = texts.names[0] if site is None else site
@@ -192,26 +193,27 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
         raise ConfigError(f"--site {name!r}: the sites are {', '.join(texts.names)}")
 
     data = texts.load(name)
-    sequences = []
-    for example in data.train[:count]:
-        pieces = _pieces(tokenizer, example.input_ids)
-        tokens = [
-            {"text": piece, "loss": label != IGNORE_INDEX}
-            for piece, label in zip(pieces, example.labels, strict=True)
-        ]
-        tokens[0]["loss"] = False  # nothing stands before it that could predict it
-        sequences.append(
-            {"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens}
-        )
-
     return {
         "site": name,
+        "sites": list(texts.names),
         "form": config.data.form,
         "train_records": data.records - data.heldout_records,
         "train": len(data.train),
         "heldout_records": data.heldout_records,
-        "sequences": sequences,
+        "sequences": [_shown(tokenizer, example) for example in data.train[:count]],
+        "heldout": [_shown(tokenizer, example) for example in data.heldout[:1]],
     }
+
+
+def _shown(tokenizer: Any, example: Example) -> dict[str, Any]:
+    """Return a sequence token by token."""
+    pieces = _pieces(tokenizer, example.input_ids)
+    tokens = [
+        {"text": piece, "loss": label != IGNORE_INDEX}
+        for piece, label in zip(pieces, example.labels, strict=True)
+    ]
+    tokens[0]["loss"] = False  # nothing stands before it that could predict it
+    return {"tokens": tokens, "length": len(tokens), "label_tokens": example.label_tokens}
 
 
 def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:

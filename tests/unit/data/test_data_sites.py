@@ -213,7 +213,7 @@ def test_empty_texts_and_blank_lines_are_left_out_and_told(tmp_path: Path, token
     sites = texts(str(path), tokenizer, partition={"by": "iid", "sites": 1})
     assert sites.load("site-0").records == 2
     assert [note.partition(": ")[2] for note in sites.check()] == [
-        "1 blank lines were skipped",
+        "1 blank line was skipped",
         "1 records with an empty text were left out",
     ]
 
@@ -740,8 +740,12 @@ def test_a_character_of_several_tokens_is_shown_whole(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"prompt": text, "completion": "für Übung"}, times=4)
     data = {"source": source, "partition": {"by": "iid", "sites": 1}, "heldout_share": 0.5}
     config = parse({"model": {"name_or_path": "embedded"}, "data": data}, "test")
-    tokens = preview(config, None, 1)["sequences"][0]["tokens"]
-    assert "".join(token["text"] for token in tokens) == f"<s>{text}für Übung</s>"
+    shown = preview(config, None, 1)
+    assert shown["sites"] == ["site-0"]
+    for kind in ("sequences", "heldout"):
+        (sequence,) = shown[kind]
+        whole = "".join(token["text"] for token in sequence["tokens"])
+        assert whole == f"<s>{text}für Übung</s>"
 
 
 def test_the_written_tokenizer_has_the_template_of_the_run(

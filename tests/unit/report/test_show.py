@@ -464,15 +464,21 @@ def test_plan_and_preview() -> None:
     tokens = [{"text": "a [b]\n", "loss": False}, {"text": "c", "loss": True}]
     found = {
         "site": "xml",
+        "sites": ["net", "xml"],
         "form": "text",
         "train_records": 88,
         "train": 90,
         "heldout_records": 12,
         "sequences": [{"tokens": tokens, "length": 2, "label_tokens": 1}],
+        "heldout": [{"tokens": tokens[:1], "length": 1, "label_tokens": 0}],
     }
     words = text_of(preview_text(found))
     assert "2 tokens, 1 with loss\na [b]⏎\nc\n" in words
-    assert "88 training records in 90 sequences; 12 held-out records are not shown" in words
+    assert "88 training records in 90 sequences, 12 held-out records; --site NAME" in words
+    assert "shows another site: 'net'" in " ".join(words.split())
+    assert "site xml: what is green is learned (it has loss), the rest is read only" in words
+    assert "Held out, which is measured and not trained: 1 tokens, 0 with loss\na [b]⏎" in words
+    assert "«what stands in these marks» is learned" in text_of(preview_text(found, marks=True))
 
 
 def test_page_is_whole_safe_and_the_same_twice(finished: Path, tmp_path: Path) -> None:
