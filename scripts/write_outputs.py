@@ -62,7 +62,7 @@ def main() -> None:
     """Run the commands and write the section."""
     (ROOT / "runs" / "lines.jsonl").write_text(RECORDS, encoding="utf-8")
     shown = [f"$ fluvial {' '.join(command)}\n{output(command)}" for command in COMMANDS]
-    shown[-1] = f"$ cat runs/lines.jsonl\n{RECORDS}{shown[-1]}"
+    shown[-1] = f"$ cat > runs/lines.jsonl <<'END'\n{RECORDS}END\n{shown[-1]}"
     section = "\n\n".join(f"```text\n{each}\n```" for each in shown)
 
     page = ROOT / "README.md"

@@ -25,4 +25,5 @@ class Reading:
 
 def skipped(blank: int) -> tuple[str, ...]:
     """Return a note on `blank` lines, where there are some."""
-    return (f"{blank} blank lines were skipped",) if blank > 0 else ()
+    lines = "1 blank line was" if blank == 1 else f"{blank} blank lines were"
+    return (f"{lines} skipped",) if blank > 0 else ()

@@ -232,7 +232,7 @@ def test_ends_of_lines_are_those_of_files_only(tmp_path: Path) -> None:
     table = read(tmp_path, "a.txt", "one\r\n \r\ntwo\u2028x\rthree\n")
     assert values(table, "text") == ["one", "two\u2028x", "three"]
     assert lines(table) == [1, 3, 4]
-    assert table.notes == ("1 blank lines were skipped",)
+    assert table.notes == ("1 blank line was skipped",)
 
 
 def test_a_json_list_is_found_with_its_lines(tmp_path: Path) -> None:
