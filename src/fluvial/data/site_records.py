@@ -196,18 +196,21 @@ class SiteRecords:
         """Return the records of each site, read as if the site had its files alone."""
         names = tuple(sorted(self.config.by_site))
         parts: Parts = {}
+        noted: dict[str, list[str]] = {}
         for name in chosen(names, self.config.sites or names):
             own = Faults()
             records = SiteRecords(self.config.of_site(name), self.seed, name)
             parts |= records.read(own)
             setting = SETTING.replace("data.", f"data.by_site.{name}.")
-            notes = (note.replace(SETTING, setting) for note in records.notes)
-            self.notes += [f"site {shown(name)}: {note}" for note in notes]
+            for note in records.notes:
+                noted.setdefault(note.replace(SETTING, setting), []).append(shown(name))
             self.forms |= records.forms
             self.conversing |= {name} if records.forms & CONVERSATIONS else set()
             self.changed |= records.changed
             faults.include_all(own.of_site(name, SiteDataSettings.model_fields))
 
+        for note, sites in noted.items():
+            self.notes.append(f"site{'s' * (len(sites) > 1)} {', '.join(sites)}: {note}")
         self.notes += alike({name: len(train) for name, (train, _) in parts.items()})
         return {} if faults.count else parts
 

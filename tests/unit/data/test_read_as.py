@@ -65,9 +65,10 @@ def test_alpaca_records_are_a_kind_of_their_own(
 ) -> None:
     """Their prompt has a template too."""
     alpaca = [{"instruction": question, "output": answer} for question, answer in ROWS]
-    own = {"source": written(tmp_path / "a.jsonl", alpaca), "chat_template": None}
-    (note,) = texts(table, tokenizer, **own).notes
-    assert "Alpaca records" in note
+    own = {**table, "source": written(tmp_path / "a.jsonl", alpaca), "chat_template": None}
+    config = DataConfig.model_validate({"by_site": {"bern": own, "rome": own}})
+    (note,) = SiteTexts(config, tokenizer, seed=0).notes
+    assert note.startswith("sites 'bern', 'rome': the records to train on are Alpaca records")
     assert note.endswith("give both one form")
 
 

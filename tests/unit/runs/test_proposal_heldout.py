@@ -8,7 +8,7 @@ import pytest
 
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, load
-from fluvial.runs.plan import plan
+from fluvial.runs.plan import plan, preview
 from fluvial.runs.proposal.heldout import ALL, fitted
 from fluvial.runs.proposal.models import look_at_model
 from fluvial.runs.proposal.records import facts_about, read_records
@@ -117,6 +117,21 @@ def test_one_site_of_several_with_conversations_is_read_as_the_others(tiny_model
     assert config.data.by_site["bern"].read_as == "prompt_completion"
     assert config.data.by_site["bern"].chat_template is None
     assert config.data.by_site["rome"].read_as is None
+
+
+def test_the_length_holds_held_out_records_too(tiny_model: Path) -> None:
+    """A length of the shorter records to train on cut all held-out answers off, and was refused."""
+    rows = answers(6, prompt="Who?")
+    long = [{**row, "question": "Who had " + "a very long case " * 5} for row in rows[:2]]
+    data, asked = written(rows), written([*long, rows[6], rows[12]], "asked.jsonl")
+    options = ("--site-column", "hospital", "--heldout", asked)
+    heldout = [row["hospital"] for row in [*long, rows[6], rows[12]]]
+    assert set(heldout) == {row["hospital"] for row in rows}
+    config = proposed("--model", str(tiny_model), "--data", data, *options)
+    longest = preview(config, heldout[0], 1)["heldout"][0]["length"]
+    assert 16 < longest <= config.data.max_length
+    text = Path("q.toml").read_text()
+    assert f"of 22 looked at (held out: 4) has {longest} tokens" in text
 
 
 def _three_sites() -> tuple[str, ...]:

@@ -32,14 +32,22 @@ class Lengths:
     """Lengths of a sample of records, in tokens."""
 
     tokens: tuple[int, ...]
-    """Tokens of each record, sorted."""
+    """Tokens of each record to train on, sorted."""
     answers: tuple[int, ...]
-    """Tokens with loss of each record, sorted."""
+    """Tokens with loss of each record, also of those held out, sorted."""
+    heldout: tuple[int, ...] = ()
+    """Tokens of each held-out record with a source of its own, sorted."""
 
     @property
     def longest(self) -> int:
         """Return the tokens of the longest record."""
-        return self.tokens[-1]
+        return max(self.tokens[-1:] + self.heldout[-1:])
+
+    @property
+    def sample(self) -> str:
+        """Return how many records were looked at, in words."""
+        looked = f"{len(self.tokens) + len(self.heldout):,} looked at"
+        return f"{looked} (held out: {len(self.heldout):,})" if self.heldout else looked
 
     @property
     def longest_answer(self) -> int:
@@ -47,12 +55,12 @@ class Lengths:
         return self.answers[-1]
 
     def quantile(self, share: float) -> int:
-        """Return the length that this share of the records does not exceed."""
-        return self.tokens[min(len(self.tokens) - 1, math.ceil(share * len(self.tokens)) - 1)]
+        """Return the length that this share of the records to train on does not exceed."""
+        return _quantile(self.tokens, share)
 
     def longer_than(self, length: int) -> int:
         """Return how many records of the sample are longer than `length`."""
-        return sum(tokens > length for tokens in self.tokens)
+        return sum(tokens > length for tokens in (*self.tokens, *self.heldout))
 
     def sequences(self, length: int, *, text: bool) -> float:
         """Return the sequences of `length` that a record makes on average: text is cut in
@@ -62,11 +70,14 @@ class Lengths:
         return sum(math.ceil(tokens / length) for tokens in self.tokens) / len(self.tokens)
 
 
-def measure_lengths(facts: DataFacts, model: ModelFacts) -> Lengths:
-    """Return the lengths of a sample of the records by the model's tokenizer; raises `ConfigError`
-    where none of them can be rendered."""
-    tokenizer = _tokenizer(model, is_conversation=facts.is_conversation)
-    return _lengths(facts.sample(), facts.source, tokenizer)
+def measure_lengths(
+    facts: DataFacts, model: ModelFacts, heldout: Sequence[DataFacts] = ()
+) -> Lengths:
+    """Return the lengths of a sample of the records, and of those held out, by the model's
+    tokenizer; raises `ConfigError` where none of them can be rendered."""
+    chats = any(each.is_conversation for each in (facts, *heldout))
+    tokenizer = _tokenizer(model, is_conversation=chats)
+    return _lengths(facts.sample(), facts.source, tokenizer, heldout)
 
 
 def include_unfit(
@@ -78,8 +89,7 @@ def include_unfit(
     """Add the records that the chat template cannot render, and those that do not fit the proposed
     length, to `faults` of their source.
 
-    `parts` are the records of all sites, which decide about the length, and `heldout` those that
-    are measured beside them.
+    `parts` are the records of all sites, and `heldout` those that are measured beside them.
     """
     if not parts:
         return
@@ -88,7 +98,7 @@ def include_unfit(
     tokenizer = _tokenizer(model, is_conversation=chats)
     with faults[parts[0].source].catch():
         sample = [record for part in parts for record in part.sample()]
-        lengths = _lengths(sample, parts[0].source, tokenizer)
+        lengths = _lengths(sample, parts[0].source, tokenizer, heldout)
         is_text = parts[0].form == "text"
         length = proposed_length(lengths, model.context, text=is_text)
         overlong = proposed_overlong(lengths, length, text=is_text) or "cut"
@@ -108,28 +118,47 @@ def _tokenizer(model: ModelFacts, *, is_conversation: bool) -> PreTrainedTokeniz
     return with_template(model.tokenizer, PLAIN if needed else None)
 
 
-def _lengths(records: Sequence[Record], source: str, tokenizer: PreTrainedTokenizerBase) -> Lengths:
-    tokenised = Tokenizing(tokenizer, max_length=10**7)(records)
-    if not tokenised.examples:
-        reason = tokenised.faults.first[0] if tokenised.faults.count else "all records are empty"
+def _lengths(
+    records: Sequence[Record],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    heldout: Sequence[DataFacts],
+) -> Lengths:
+    tokenizing = Tokenizing(tokenizer, max_length=10**7)
+    trained = tokenizing(records)
+    if not trained.examples:
+        reason = trained.faults.first[0] if trained.faults.count else "all records are empty"
         raise ConfigError(f"--data {source!r}: no record can be used: {reason}")
 
-    tokens = sorted(len(example.input_ids) for example in tokenised.examples)
-    answers = sorted(
-        sum(label != IGNORE_INDEX for label in example.labels) for example in tokenised.examples
+    # Sites may share a source, in which a record counts once.
+    apart = {facts.source: facts.sample() for facts in heldout}
+    measured = tokenizing(record for sample in apart.values() for record in sample)
+    examples = (*trained.examples, *measured.examples)
+    return Lengths(
+        tuple(sorted(len(example.input_ids) for example in trained.examples)),
+        tuple(sorted(sum(label != IGNORE_INDEX for label in each.labels) for each in examples)),
+        tuple(sorted(len(example.input_ids) for example in measured.examples)),
     )
-    return Lengths(tuple(tokens), tuple(answers))
+
+
+def _quantile(tokens: Sequence[int], share: float) -> int:
+    """Return the length that this share of sorted lengths does not exceed."""
+    return tokens[min(len(tokens) - 1, math.ceil(share * len(tokens)) - 1)]
 
 
 def proposed_length(lengths: Lengths, context: int | None, *, text: bool) -> int:
     """Return the tokens of a sequence, within the context: those of the longest record that has at
-    most `FAR` times what 99 % of the records need; of plain text, what these need.
+    most `FAR` times what 99 % of the records need; of plain text, what these need. Held-out records
+    count as those to train on do, however few they are.
 
     A batch is padded to its own longest record, so a length that few records have costs little.
     """
     most = min(context or ROUGH, WINDOW if text else ROUGH)
-    usual = lengths.quantile(0.99)
-    needed = usual if text else max(each for each in lengths.tokens if each <= FAR * usual)
+    needed = 0
+    for tokens in filter(None, (lengths.tokens, lengths.heldout)):
+        usual = _quantile(tokens, 0.99)
+        fitting = usual if text else max(each for each in tokens if each <= FAR * usual)
+        needed = max(needed, fitting)
     return max(8, min(most, max(32, 16 * math.ceil(needed / 16))))
 
 

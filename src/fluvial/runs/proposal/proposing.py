@@ -54,7 +54,7 @@ def propose(
     Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
     """
     data, heldout = in_one_form(data, heldout or {}, has_template=model.has_template)
-    lengths = measure_lengths(data, model)
+    lengths = measure_lengths(data, model, [own.facts for own in heldout.values()])
     is_text = data.form == "text"
     answers = Answers(
         model=model,
@@ -98,7 +98,8 @@ def _found(answers: Answers) -> tuple[str, ...]:
         f"records: {len(data.rows):,}, form {data.forms}, columns {columns}",
         *([f"not used: {listed(unused)}{further}"] if unused else []),
         f"sites: {answers.sites.words()}; {answers.sites.why}",
-        f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,}; "
+        f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,} of "
+        f"{lengths.sample}; "
         f"with loss at most {lengths.longest_answer:,}",
     )
 

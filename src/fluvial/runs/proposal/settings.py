@@ -317,7 +317,7 @@ def _lengths(answers: Answers) -> list[Setting]:
     length = answers.max_length
     over = lengths.longer_than(length)
     text = answers.data.form == "text"
-    looked = f"the longest record of {len(lengths.tokens):,} looked at has {lengths.longest} tokens"
+    looked = f"the longest record of {lengths.sample} has {lengths.longest} tokens"
     bound = answers.model.context
     why = f"{looked}; the model reads {bound}" if bound and length == bound else looked
     if text and over:
