@@ -1,6 +1,6 @@
 """Names of sites: they come from data and from peers, and are shown and stored everywhere."""
 
-import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 from fluvial.errors import ConfigError
@@ -9,7 +9,23 @@ LONGEST = 64
 """Most characters of a name."""
 MOST_SHOWN = 20
 """Most names in a message."""
-PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+MOST_BYTES = 200
+"""Most bytes of UTF-8 of a name that is also a file's name."""
+LOOK_ALIKE = ("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU")
+"""Scripts whose letters look alike, so that a plain name has letters of one of them only."""
+INVISIBLE = frozenset(
+    {
+        *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5),
+        *(*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)),
+    }
+)
+"""Letters and marks that cannot be seen (Default_Ignorable_Code_Point of Unicode)."""
+MOST_MARKS = 3
+"""Most marks on one letter, such as accents."""
+PLAIN = (
+    "1 to 64 letters of any language, digits and _ . -, the first a letter or a digit, at most "
+    f"{MOST_BYTES} bytes of UTF-8"
+)
 """Form of the name of a site with a process of its own; it is also a file's name and a key."""
 
 
@@ -47,10 +63,42 @@ def chosen(names: Sequence[str], wanted: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(wanted))
 
 
-def check_plain(name: str, where: str) -> None:
-    """Raise `ConfigError` unless `name` can be that of a site with a process of its own."""
-    if not PLAIN.fullmatch(name):
-        raise ConfigError(
-            f"{where}: {name[:60]!r} is no name of a site: 1 to 64 letters, digits and _ . -, the "
-            "first a letter or a digit"
-        )
+def composed(name: str) -> str:
+    """Return a name in Unicode's form NFC, in which equal names have equal bytes."""
+    return unicodedata.normalize("NFC", name)
+
+
+def plain_fault_of(name: str) -> str | None:
+    """Return why a name cannot be that of a site with a process of its own, None where it can.
+
+    It is `PLAIN` and composed. Letters that are others in another form, such as those of full
+    width, letters that cannot be seen, and letters of several scripts that look alike are refused:
+    with them two names could look like one.
+    """
+    kinds = [unicodedata.category(character)[0] for character in name]
+    others = {c for c, kind in zip(name, kinds, strict=True) if kind not in "LMN"} - set("_.-")
+    shown = f"{name[:60]!r} is no name of a site"
+    if not 0 < len(name) <= LONGEST or others or kinds[0] not in "LN" or not name.isprintable():
+        return f"{shown}: {PLAIN}"
+    stacked = "M" * (MOST_MARKS + 1) in "".join(kinds)
+    if len(name.encode()) > MOST_BYTES or stacked or not INVISIBLE.isdisjoint(map(ord, name)):
+        return f"{shown}: {PLAIN}"
+    if unicodedata.normalize("NFKC", name) != name:
+        return f"{shown}: it has letters or digits in another form than the usual one (NFKC)"
+
+    words = (unicodedata.name(character, "").partition(" ")[0] for character in name)
+    scripts = sorted({word for word in words if word in LOOK_ALIKE})
+    if len(scripts) > 1:
+        mixed = " and ".join(script.capitalize() for script in scripts)
+        return f"{shown}: it mixes letters of scripts that look alike, {mixed}"
+    return None
+
+
+def plain_name(name: str, where: str) -> str:
+    """Return a name, composed, of a site with a process of its own; raise `ConfigError` for one
+    that it cannot have."""
+    name = composed(name)
+    fault = plain_fault_of(name)
+    if fault is not None:
+        raise ConfigError(f"{where}: {fault}")
+    return name

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from fluvial.data.site_names import check_plain
+from fluvial.data.site_names import plain_name
 from fluvial.errors import ClientError, ConfigError
 from fluvial.flower import certificates, channel_keys, names
 from fluvial.flower.programs import environment, program, split_address, warn
@@ -212,7 +212,7 @@ def register(folder: Path, public_key: Path) -> str:
     # The words of a public key: its type, the key, and the site's name.
     words = public_key.read_bytes()[:10_000].decode(errors="replace").split()
     name = words[2] if len(words) > 2 else public_key.stem
-    check_plain(name, str(public_key))
+    name = plain_name(name, str(public_key))
     answer = _flwr_json(folder, "supernode", "register", str(public_key.resolve()), _CONNECTION)
     number = str(answer.get("node-id", ""))
 
@@ -222,7 +222,8 @@ def register(folder: Path, public_key: Path) -> str:
     public = PublicIdentity.parse(b" ".join(word.encode() for word in words[:2]))
     names.add(folder / names.FILE, "keys", number, public.data.decode())
     names.add(folder / names.FILE, "sites", number, name)
-    return f"site {name} may join (node {number})"
+    spelled = "" if name.isascii() else f", {name!a},"  # letters of other scripts look alike
+    return f"site {name}{spelled} may join (node {number})"
 
 
 def check_submission(folder: Path, *, out: Path, resume: bool) -> None:

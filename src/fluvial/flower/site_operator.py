@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.site_names import check_plain
+from fluvial.data.site_names import plain_name
 from fluvial.errors import ConfigError
 from fluvial.flower import OUT_OF_STEP, certificates, channel_keys
 from fluvial.flower.guard import GRACE_S, alive, guarded
@@ -59,7 +59,7 @@ def site_init(
 
     pinned = channel_keys.read_public(channel_key) if channel_key else None
 
-    check_plain(name, "--name")
+    name = plain_name(name, "--name")
     make_folder(folder)
     lines = ["## Changes take effect when the site is started again: fluvial site start FOLDER"]
     lines += [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
@@ -86,7 +86,7 @@ def site_init(
         '# run_paths = ["/data/shared/*"]  # paths that a run may name here; without it, none',
         "# max_bytes_up_per_round = 20_000_000",
     ]
-    (folder / "site.toml").write_text("\n".join(lines) + "\n")
+    (folder / "site.toml").write_text("\n".join(lines) + "\n", encoding="utf-8")
     read_site_file(folder / "site.toml")
     done = [f"site in {folder}; its settings are in {folder / 'site.toml'}"]
 

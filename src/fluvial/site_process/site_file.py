@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from fluvial.data.config import SiteDataSettings
+from fluvial.data.site_names import plain_fault_of
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
 
@@ -46,8 +47,9 @@ class Allowed(Settings):
 class SiteFile(Settings):
     """The settings in site.toml."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the site, as in the run's fleet.sites: letters, digits and _ . -, at most 64."""
+    name: str
+    """Name of the site, as in the run's fleet.sites: letters of any language, digits and _ . -, at
+    most 64, composed (NFC)."""
     folder: FilePath = Path("fluvial-site")
     """Folder of the site's state and logs."""
     model: str | None = None
@@ -77,6 +79,9 @@ class SiteFile(Settings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
+        fault = plain_fault_of(self.name)
+        if fault is not None:
+            yield f"name: {fault}"
         if self.server_fingerprint is not None and self.key is None:
             yield (
                 "server_fingerprint: without effect, because key is not set; set it, or remove this"

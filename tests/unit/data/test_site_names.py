@@ -1,17 +1,20 @@
 """Names of sites from data, files and peers: refused where they could harm, in one line."""
 
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from typer.testing import CliRunner
 
 from fluvial.cli import app
-from fluvial.data.site_names import check_plain, fault_of
+from fluvial.data.site_names import fault_of, plain_fault_of, plain_name
 from fluvial.errors import ConfigError, FluvialError
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
+from fluvial.site_process.site_file import read_site_file
 
 HARMFUL = [
     "\x1b[2Jgone",
@@ -65,13 +68,38 @@ def test_other_names_are_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [*HARMFUL, *(each for each in HARMLESS if each not in ("north", "NA", "01"))]
+    "name",
+    [
+        *HARMFUL,
+        *("St. Mary's, ward 3", "a/b", "../../etc", "a[/nope]", "[red]", ".hidden", "-rf"),
+        *(
+            "\u0308oln",
+            "\uff4eorth",
+            "n\u043erth",
+            "north\u115f",
+            "north\ufe0f",
+            "a" + "\u0316" * 4,
+            "\u0440\u0430ris",
+            "no\u200drth",
+            "\U00020000" * 64,
+        ),
+    ],
 )
 def test_a_site_of_its_own_has_a_plain_name(name: str) -> None:
-    if name == "x" * 64:
-        name += "x"
-    with pytest.raises(ConfigError, match="is no name of a site"):
-        check_plain(name, "--name")
+    """Neither a path, nor letters that look like those of another name."""
+    with pytest.raises(ConfigError, match="--name: .* is no name of a site") as told:
+        plain_name(name, "--name")
+    assert str(told.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "name", ["north", "NA", "01", "x" * 64, "Zürich", "köln", "東京", "カフェ-1", "мир", "दिल्ली"]
+)
+def test_a_plain_name_has_letters_of_any_language(name: str) -> None:
+    assert plain_name(unicodedata.normalize("NFD", name), "--name") == name
+    assert plain_fault_of(name) is None
+    apart = unicodedata.normalize("NFD", name)
+    assert apart == name or plain_fault_of(apart) is not None
 
 
 def _data(path: Path, *names: str) -> dict[str, Any]:
@@ -125,3 +153,26 @@ def test_site_init_refuses_a_name_in_one_line_and_writes_nothing(name: str, tmp_
     with pytest.raises(ConfigError, match="--name: .* is no name of a site"):
         site_init(tmp_path / "site", name=name, server="127.0.0.1:8000", ca=None, insecure=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.flower
+def test_the_name_of_a_site_goes_from_init_to_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With letters beyond ASCII, in files, in site.toml and in the server's names."""
+    from fluvial.flower import names, server_operator
+    from fluvial.flower.site_operator import site_init
+
+    ca = tmp_path / "ca.crt"
+    ca.write_text("a certificate")
+    site = tmp_path / "site"
+    lines = site_init(site, name="ko\u0308ln", server="127.0.0.1:8000", ca=ca)
+    assert "köln.pub" in lines[1]
+    assert read_site_file(site / "site.toml").name == "köln"
+    assert {path.name for path in site.iterdir()} >= {"köln.key", "köln.pub"}
+
+    monkeypatch.setattr(server_operator, "_flwr_json", lambda *_: {"node-id": "7"})
+    line = server_operator.register(tmp_path, site / "köln.pub")
+    assert line == r"site köln, 'k\xf6ln', may join (node 7)"
+    assert names.read(tmp_path / names.FILE)["sites"] == {"7": "köln"}
+    load_ssh_public_key((site / "köln.pub").read_bytes())  # as Flower reads it

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data.faults import listed
+from fluvial.data.site_names import PLAIN, plain_fault_of
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
 from fluvial.runs.proposal.columns import as_options
@@ -98,10 +99,22 @@ def _found(answers: Answers) -> tuple[str, ...]:
         f"records: {len(data.rows):,}, form {data.forms}, columns {columns}",
         *([f"not used: {listed(unused)}{further}"] if unused else []),
         f"sites: {answers.sites.words()}; {answers.sites.why}",
+        *_only_here(answers.sites),
         f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,} of "
         f"{lengths.sample}; "
         f"with loss at most {lengths.longest_answer:,}",
     )
+
+
+def _only_here(sites: Sites) -> list[str]:
+    """Return a line about the names that no site with a process of its own can have."""
+    names = [name for name in sites.counts if plain_fault_of(name) is not None]
+    if not names:
+        return []
+    return [
+        f"names: {listed(names)} cannot be sites with a process of their own (docs/deploy.md), "
+        f"whose names are {PLAIN}"
+    ]
 
 
 def _named(file: Path, records: RecordFiles) -> str:

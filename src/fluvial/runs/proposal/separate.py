@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from fluvial.data.faults import Faults, listed
-from fluvial.data.site_names import fault_of
+from fluvial.data.site_names import composed, fault_of
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.records import (
@@ -140,7 +140,7 @@ def site_of(source: str, given: str | None) -> str:
     if given is not None:
         return given
     path = Path(source).expanduser()
-    name = path.resolve().name if path.is_dir() else path.stem
+    name = composed(path.resolve().name if path.is_dir() else path.stem)
     fault = fault_of(name)
     if fault is not None:
         raise ConfigError(

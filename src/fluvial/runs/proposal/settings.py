@@ -1,6 +1,5 @@
 """The settings of a first run, as they follow from model, data and limits, each with its why."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -256,7 +255,7 @@ def _by_site(answers: Answers) -> list[Section]:
         return []
     return [
         Section(
-            f"[data.by_site.{json.dumps(name) if not KEY.fullmatch(name) else name}]",
+            f"[data.by_site.{toml_value(name) if not KEY.fullmatch(name) else name}]",
             [
                 *_source(answers, part, answers.data_paths[name], name),
                 *chat_template(answers, part, name),
