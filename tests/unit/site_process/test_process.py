@@ -36,6 +36,8 @@ from fluvial.wire.payload import Limits, Payload
 from fluvial.wire.tensors import Layout
 from tests.support.site_process import SITE, Killed, header, site_file
 
+DEPLOY = Path(__file__).parents[3] / "docs" / "deploy.md"
+
 # -- header --------------------------------------------------------------------------------------
 
 
@@ -392,6 +394,8 @@ def test_what_leaves_is_logged(table: dict[str, Any], pool: ModelPool, tmp_path:
     assert (tmp_path / "site" / "outgoing.jsonl").read_bytes().startswith(before)
     joined, *lines = log_of(tmp_path)
     assert (joined["task"], joined["values"]) == ("join", ["known", "prints", "site"])
+    (example,) = re.findall(r"^```json\n(.*?)^```$", DEPLOY.read_text(), flags=re.S | re.M)
+    assert [*lines[0]] == [*json.loads(example)]
 
     for line, answer, round in zip(lines, (first, second), (1, 2), strict=True):
         sent = Payload.from_bytes(answer)
