@@ -5,6 +5,7 @@ Models are adapted from outside by PEFT; modelling code is never copied.
 """
 
 import copy
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from fluvial.models.assignment import Assignment, Precision
 from fluvial.models.base import Base
 from fluvial.models.behaviour import check_behaviour, check_packing
 from fluvial.models.encoding import Prompt
+from fluvial.models.end_token import end_remarks
 from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import AT_ONCE, continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -33,6 +35,7 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.quantisation import Quantisation
 from fluvial.models.split import Cut
 from fluvial.models.states import base_state
+from fluvial.models.targets import LoraSettings
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
 from fluvial.models.tuning import (
     Trainable,
@@ -48,6 +51,8 @@ from fluvial.models.weight_sources import Source
 from fluvial.models.weights import check_weights
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, Named, factor
+
+logger = logging.getLogger(__name__)
 
 MOST_TEMPLATES = 8
 """Templates that are kept: models of different ranks, precisions or formats. Beyond this number,
@@ -159,11 +164,22 @@ class ModelPool:
         _ = self.tokenizer
 
     def check_behaviour(self) -> None:
-        """Load the base, and raise `ConfigError` if no run could use it (see `probe`)."""
+        """Load the base, and raise `ConfigError` if no run could use it (see `probe`); an end token
+        that no adapter can learn is logged."""
         self.load()
+        for remark in self.end_remarks():
+            logger.warning("%s", remark)
         if self.full:  # beside an adapter the base is checked where it is loaded
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
+
+    def end_remarks(self) -> list[str]:
+        """Return remarks on the end token of a base that a new adapter tunes, see `end_token`."""
+        if not isinstance(self.tuning, LoraSettings):
+            return []
+        tokenizer = self.tokenizer
+        with self.model(self.base_state()) as model:
+            return end_remarks(model, tokenizer.eos_token_id, str(tokenizer.eos_token))
 
     def check_packing(self, assignment: Assignment | None = None) -> None:
         """Load the base, and raise `ConfigError` if packed records would read each other."""

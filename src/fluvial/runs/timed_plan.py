@@ -52,7 +52,7 @@ def timed(
         *(_apart_rows(config, apart, coded=coding is not None) if apart else ()),
     ]
 
-    notes = list(planned["notes"])
+    notes = [*planned["notes"], *found.remarks]
     if apart and coding is not None:
         notes += _coding_note(config, coding)
     if isinstance(config.method, FedPipeConfig):

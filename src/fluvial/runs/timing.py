@@ -46,6 +46,8 @@ class MeasuredTimes:
     coding: "MeasuredCoding | None" = None
     """Time of the codec; None where it must be fitted first, or codes something else than this
     adapter."""
+    remarks: Sequence[str] = ()
+    """Remarks on the model that its weights tell."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,15 @@ def measure(
     coding = _time_coding(config, pool, clock)
     downlink_s = _time_downlink(config, pool, clock)
     found = MeasuredTimes(
-        largest, loaded - started, step_s, call_s, heldout_s, answer_s, downlink_s, coding
+        largest,
+        loaded - started,
+        step_s,
+        call_s,
+        heldout_s,
+        answer_s,
+        downlink_s,
+        coding,
+        pool.end_remarks(),
     )
     tgap = pre_training(config)
     public = texts.public() if tgap is not None and tgap.source == "public" else {}

@@ -109,9 +109,12 @@ def test_a_round_is_never_shorter_than_its_longest_site() -> None:
     assert predict(FOUND, half, rounds=1, every=0).training_s == pytest.approx(4 * 2.25)
 
 
-def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any]) -> None:
+def test_the_prediction_is_made_of_what_the_clock_said(
+    run_config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clock that goes one second further each time it is read: every measured span is one
     second."""
+    monkeypatch.setattr(ModelPool, "end_remarks", lambda _: ["the end was never trained"])
     config = parse(run_config, "test")
     clock = itertools.count(0.0, 1.0)
     found, work, _ = measure(config, lambda: next(clock))
@@ -121,6 +124,7 @@ def test_the_prediction_is_made_of_what_the_clock_said(run_config: dict[str, Any
     assert list(work.steps) == [3, 3, 3]
     clock = itertools.count(0.0, 10.0)
     planned = timed(config, plan(config), lambda: next(clock))
+    assert planned["notes"][-1] == "the end was never trained"
     told = planned["time"]
     assert (told["step_s"], told["call_s"]) == (
         10.0,
