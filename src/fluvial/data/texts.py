@@ -9,7 +9,7 @@ from typing import Literal
 from fluvial.data.bundled import SOURCES, even_parts
 from fluvial.data.config import DataConfig
 from fluvial.data.examples import Example, Question
-from fluvial.data.faults import Faults, are, listed, shown
+from fluvial.data.faults import Faults, are, shown
 from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.packing import pack
@@ -18,6 +18,7 @@ from fluvial.data.record_kinds import PROMPT, TEXT, commonest, has_chats
 from fluvial.data.records import Record
 from fluvial.data.site_names import check_names, chosen
 from fluvial.data.site_records import SiteRecords
+from fluvial.data.site_remarks import Unknown, unasked
 from fluvial.data.templates import with_template, writes_date
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
@@ -162,6 +163,7 @@ class SiteTexts:
         surplus = Surplus()
         records = 0
         leaks = Leaks()
+        unknown = Unknown(self.tokenizer)
         left_out = 0
         refused: dict[str, int] = {}
         questions: dict[str, int] = {}
@@ -176,6 +178,7 @@ class SiteTexts:
             self.num_train[name] = len(self._sequences(tokens.train.examples))
             questions[name] = len(tokens.heldout.questions[: self.config.max_heldout])
             leaks.add(name, tokens.train.examples, measured)
+            unknown.add(name, tokens.train, tokens.heldout)
 
             if tokens.surplus.refused:
                 refused[name] = tokens.surplus.refused
@@ -201,7 +204,8 @@ class SiteTexts:
             *self.notes,
             *self._remarks(surplus, records),
             *self._cut(left_out),
-            *_unasked(questions),
+            *unasked(questions),
+            *unknown.remarks(),
             *leaks.remarks("data.by_site.{}" if self.config.by_site else "data"),
         ]
 
@@ -385,14 +389,3 @@ class SiteTexts:
 
         faults.raise_any()
         return {name: self._sequences(made.examples) for name, made in tokens.items()}
-
-
-def _unasked(questions: dict[str, int]) -> list[str]:
-    """Return a remark on sites without questions beside others that have some."""
-    without = [name for name, count in questions.items() if not count]
-    if not without or len(without) == len(questions):
-        return []
-    return [
-        f"no exact match of the run, since held-out records of {listed(without)} have no question: "
-        "plain text, or conversations without a last turn of the assistant after another turn"
-    ]

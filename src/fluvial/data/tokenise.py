@@ -60,6 +60,8 @@ class Tokenized:
     asked: list[int] = field(default_factory=list)
     """Number of the record of each question, from 0 on."""
     records: int = 0
+    unknown: int = 0
+    """Records with a character that the tokenizer does not know."""
     surplus: Surplus = field(default_factory=Surplus)
     faults: Faults = field(default_factory=Faults)
     """Faults of conversations that a chat template cannot render."""
@@ -98,6 +100,7 @@ class Tokenizing:
 
         encoder = Encoder.of(self.tokenizer)
         result = Tokenized()
+        unknown = self._unknown
 
         for record in records:
             result.records += 1
@@ -107,12 +110,20 @@ class Tokenizing:
                 result.faults.include(error)
                 continue
 
+            result.unknown += unknown in example.input_ids
             if isinstance(record.content, Text):
                 result.examples += windows(example, self.max_length)
             else:
                 self._fit(record, example, question, len(encoder.prefix), result)
 
         return result
+
+    @property
+    def _unknown(self) -> int | None:
+        """Return the token of a character that the tokenizer does not know; None without one."""
+        token: int | None = self.tokenizer.unk_token_id
+        ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return None if token in ends else token  # where it is one of them, it stands in all records
 
     def _example(self, record: Record, encoder: Encoder) -> tuple[Example, Question | None]:
         content = record.content

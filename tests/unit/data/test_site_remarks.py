@@ -1,0 +1,48 @@
+"""Remarks of `check` on characters that a tokenizer does not know."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from fluvial.data import SiteTexts
+from fluvial.data.config import DataConfig
+
+
+def of_letters(letters: str, **special: str) -> PreTrainedTokenizerFast:
+    vocab = {token: n for n, token in enumerate(["<s>", "</s>", "<unk>", *letters])}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"} | special
+    return PreTrainedTokenizerFast(tokenizer_object=made, **names)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    rows = {"bern": ["ab", "aü", "üb", "ba"], "rome": ["ab", "ba", "aa", "bb"]}
+    by_site: dict[str, Any] = {}
+    for name, texts in rows.items():
+        lines = [json.dumps({"prompt": text, "completion": "a"}) for text in texts]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        by_site[name] = {"source": str(tmp_path / f"{name}.jsonl")}
+    return DataConfig.model_validate({"by_site": by_site, "heldout_share": 0.25})
+
+
+def remarks(config: DataConfig, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    every = SiteTexts(config, tokenizer, seed=0).check()
+    return [remark for remark in every if "does not know" in remark]
+
+
+def test_records_with_unknown_characters_are_counted_by_site(config: DataConfig) -> None:
+    (remark,) = remarks(config, of_letters("ab"))
+    assert "each of which becomes '<unk>': 2 of 4 at site 'bern';" in remark
+    assert "rome" not in remark
+    assert not remarks(config, of_letters("abü"))
+
+
+def test_an_unknown_token_that_also_ends_a_text_counts_nothing(config: DataConfig) -> None:
+    """As that of GPT-2, which knows every byte."""
+    assert not remarks(config, of_letters("abü", unk_token="</s>"))
