@@ -80,6 +80,10 @@ def site_init(
         '# encoding = "cp1252"              # text files that are not UTF-8',
         '# delimiter = ";"                  # between the columns of CSV files',
         '# columns = { prompt = "question", completion = "answer" } # our field = your column',
+        '# numbers = "text"                # JSON numbers in place of a text, such as a label 0',
+        '# chat_template = "plain"         # of conversations; unset, as in the run, or the '
+        "tokenizer's",
+        '# read_as = "prompt_completion"   # conversations of one question, without a template',
         "# [allow]                          # runs that this site takes part in; empty allows all",
         '# methods = ["fedavg", "local"]   # with the baselines that runs compare with',
         '# tensors = ["*.lora_*"]',

@@ -37,6 +37,9 @@ INDEPENDENT = (
 )
 """Settings of a run's [data] that also hold for a site with its own records, because they depend on
 no source."""
+RENDERED = ("chat_template", "read_as", "numbers")
+"""Settings of a site's table in a run's data.by_site that also hold where the site has its own
+records: they say how a text is put, and name no source."""
 PUBLIC = ("public_source", "public")
 """Settings of the public text, which the server alone reads."""
 SOURCES = ("source", "heldout_source")
@@ -77,6 +80,8 @@ def _data(run: DataConfig, site: SiteFile) -> dict[str, Any]:
     settings = run.model_dump(mode="json", exclude_unset=True)
     if site.data is not None:
         own = {name: value for name, value in settings.items() if name in INDEPENDENT}
+        table = settings.get("by_site", {}).get(site.name, {})
+        own |= {name: table[name] for name in RENDERED if table.get(name) is not None}
         if site.data.heldout_source is not None:
             own.pop("heldout_share", None)
         own = taken_over(own, kind_of(run.source), kind_of(site.data.source))

@@ -57,6 +57,19 @@ def test_the_sites_own_data_take_the_place_of_all_sources_of_the_run(tmp_path: P
     assert foreign not in found.model_dump_json()
 
 
+def test_how_a_run_puts_a_sites_texts_holds_for_its_own_records_too(tmp_path: Path) -> None:
+    """Its chat template was dropped with the source, and its conversations were refused."""
+    own = records(tmp_path / "own.jsonl")
+    table = {"source": "/no.jsonl", "encoding": "cp1252", "chat_template": "plain"}
+    config = parse({"data": {"by_site": {"south": table | {"read_as": "messages"}}}}, "test")
+    given = SiteDataSettings(source=own, read_as="prompt_completion")
+    found = at_site(config, site(tmp_path, data=given)).data
+    assert (found.chat_template, found.read_as) == ("plain", "prompt_completion")
+    assert (found.source, found.encoding, found.by_site) == (own, "utf-8", {})
+    others = parse({"data": {"by_site": {"north": table}}}, "test")
+    assert at_site(others, site(tmp_path, data=given)).data.chat_template is None
+
+
 def test_a_new_setting_of_data_is_the_sites_until_it_is_known_to_name_no_source() -> None:
     """Whoever adds a setting to [data] decides here whether it can name a place on a site's
     disk."""
