@@ -13,7 +13,7 @@ from fluvial.data.config import READING
 from fluvial.data.faults import Faults
 from fluvial.data.files import UTF8
 from fluvial.data.forms import CONVERSATIONS
-from fluvial.data.sources import DELIMITED, Source, read_source
+from fluvial.data.sources import DELIMITED, Found, Source, read_source
 from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
 from fluvial.runs.proposal.document import toml_value
@@ -38,6 +38,8 @@ EXAMPLES: dict[str, Any] = {
 """Values of settings that an error about records may ask for."""
 TEMPLATE = "chat_template"
 """Setting of [data] that conversations alone have."""
+UNSET = (TEMPLATE, "read_as", "numbers")
+"""Settings of [data] in which ways of reading may differ, and which may be unset."""
 TXT = ".txt"
 """Suffix of files of plain text, which have neither columns nor form."""
 AS_SITE = "as_site"
@@ -102,7 +104,7 @@ def own_reading(
         return run
 
     own = [known[name] for name in chosen]
-    if any(other != own[0] for other in own[1:]):
+    if not _alike(own, records):
         raise ConfigError(
             f"--data {records}: the tables of {', '.join(chosen)} in data.by_site "
             "read this file in different ways; choose one with --site NAME"
@@ -140,17 +142,17 @@ def _alone(run: dict[str, Any], records: Path | None, given: Mapping[str, Any]) 
         for way in fitting:
             way["data"].pop(TEMPLATE, None)
         fitting = [way for place, way in enumerate(fitting) if way not in fitting[:place]]
-    if len(fitting) > 1 and not run.get("suffix"):
+    if not run.get("suffix") and not _alike(fitting, records):
         keys = [
             key
-            for key in (*READING, TEMPLATE)
+            for key in (*READING, *UNSET)
             if len({str(way["data"].get(key)) for way in fitting}) > 1
         ]
         values = [
             " ".join(
                 _as_set(key, value)
                 for key in keys
-                if (value := way["data"].get(key)) is not None or key != TEMPLATE
+                if (value := way["data"].get(key)) is not None or key not in UNSET
             )
             for way in fitting
         ]
@@ -205,14 +207,38 @@ def _fits(told: Mapping[str, Any], records: Path) -> bool:
         return False
 
 
+def _alike(ways: Sequence[Mapping[str, Any]], records: Path | None) -> bool:
+    """Return whether all ways of reading give the same records of a file, however they are
+    written: with the same template, where there are conversations."""
+    if all(way == ways[0] for way in ways[1:]):
+        return True
+    if records is None:
+        return False
+
+    read = []
+    for way in ways:
+        try:
+            found = _found(way, records)
+        except (ConfigError, ValidationError):
+            return False
+        template = way["data"].get(TEMPLATE) if CONVERSATIONS & set(found.forms) else None
+        read.append(([entry.record.content for entry in found.entries], template))
+    return all(other == read[0] for other in read[1:])
+
+
 def _forms(told: Mapping[str, Any], records: Path) -> set[str]:
     """Return the forms of the records in a file; raises `ConfigError` where it has faults."""
+    return set(_found(told, records).forms)
+
+
+def _found(told: Mapping[str, Any], records: Path) -> Found:
+    """Return the records of a file; raises `ConfigError` where it has faults."""
     data = DataConfig.model_validate({**told["data"], "source": str(records)})
     faults = Faults()
     source = Source("--data", data.source, data.split, data.reading(), strict=False)
     found = read_source(source, faults)
     faults.raise_any()
-    return set(found.forms)
+    return found
 
 
 def _reads(data: DataConfig, records: Path | None) -> bool:

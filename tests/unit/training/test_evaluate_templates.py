@@ -47,6 +47,45 @@ def test_a_conversation_is_read_with_the_template_of_its_site(
     assert given["data"]["chat_template"] == "plain"
 
 
+@pytest.mark.parametrize("around", [True, False])
+@pytest.mark.parametrize(
+    ("read_as", "record", "words"),
+    [
+        ("prompt_completion", {"prompt": "a", "completion": "b"}, None),
+        ("messages", {"prompt": "a", "completion": "b"}, "in different ways"),
+        ("prompt_completion", {"prompt": "a", "completion": 0}, None),
+        (None, {"messages": CHAT}, "in different ways"),
+    ],
+)
+def test_ways_that_give_the_same_records_are_one_way(
+    around: bool, read_as: str | None, record: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    """A held-out file that sites share was refused, though no setting changed its records."""
+    file = tmp_path / "asked.jsonl"
+    file.write_text(json.dumps(record) + "\n")
+    asked = {"heldout_source": str(file), "heldout": {"columns": {}}, "numbers": "text"}
+    by_site = {
+        "bern": {"source": "b.jsonl", "columns": {"prompt": "Frage", "completion": "Amt"}, **asked},
+        "rome": {"source": "r.jsonl", "chat_template": "plain", "read_as": read_as, **asked},
+    }
+    data = DataConfig.model_validate({"by_site": by_site})
+    folder, run = tmp_path / "adapter", {"data": {}, "suffix": "", "readings": data.readings()}
+    folder.mkdir()
+    if around:
+        config = {"fluvial": "0", "data": data.model_dump(mode="json")}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        run = {}
+    if words is None:
+        told = own_reading(folder, run, file, None)
+        assert told["data"]["columns"] == {}
+        assert told.get("as_site") == ("bern, rome" if around else None)
+        return
+    with pytest.raises(ConfigError, match=words) as error:
+        own_reading(folder, run, file, None)
+    if read_as == "messages" and not around:
+        assert "--set 'data.read_as=\"messages\"'" in str(error.value)
+
+
 def test_plain_text_has_no_columns_so_that_sites_read_it_in_one_way(tmp_path: Path) -> None:
     file = tmp_path / "new.txt"
     file.write_text("The river carries water.\n")
