@@ -27,7 +27,7 @@ from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.runs.model_card import Described, Form, base_name, model_card
-from fluvial.runs.site_weights import kept_by, site_weights
+from fluvial.runs.site_weights import kept_by, read_run_of_sites, site_weights
 from fluvial.storage import exported, toml
 from fluvial.storage.files import writing
 from fluvial.storage.run_files import (
@@ -36,7 +36,6 @@ from fluvial.storage.run_files import (
     EXPORTS,
     JsonObject,
     anew,
-    read_run,
     with_description,
 )
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
@@ -99,7 +98,7 @@ def export_run(
         raise ConfigError(f"--form gguf: {GGUF}")
 
     folder = _run_of(folder)
-    run = read_run(folder)
+    run = read_run_of_sites(folder)
     with _weights(folder, run, site, overrides) as weights:
         config = run["config"]
         full = weights.name == "model"

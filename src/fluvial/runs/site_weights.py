@@ -15,9 +15,10 @@ from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.config import parse
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.storage import exported, toml
-from fluvial.storage.run_files import JsonObject, with_description
+from fluvial.storage.run_files import COMPARE, JsonObject, read_run, with_description
 from fluvial.wire.payload import Payload
 
 SLOT = "adapter"
@@ -31,6 +32,24 @@ def kept_by(folder: Path, run: JsonObject) -> list[str]:
         return []
     store = RunFolder(folder).store
     return [site for site in run["result"]["heldout_by_site"] if store.file(site, SLOT) is not None]
+
+
+def read_run_of_sites(folder: Path) -> JsonObject:
+    """Return the content of a run's folder (see `read_run`); that of the baseline `local`, whose
+    sites keep their models, has the configuration that it has in the run around it."""
+    run = read_run(folder)
+    place = folder.resolve()
+    if run["config"] or (place.parent.name, place.name) != (COMPARE, "local"):
+        return run
+
+    around = read_run(place.parents[1])
+    described = around["description"] or {}
+    if place.name not in described.get("compare", {}):
+        return run
+    config = parse(described["set"], str(place.parents[1])).baseline("local")
+    mostly = {key: described[key] for key in (exported.MOSTLY,) if key in described}
+    description = {**described["compare"][place.name], **mostly}
+    return {**run, "config": config.resolved(), "description": description}
 
 
 @contextmanager

@@ -86,6 +86,22 @@ def test_the_model_of_a_site_is_exported_by_its_name(
     assert "south" not in card
 
 
+def test_the_model_of_a_site_is_exported_from_the_baseline_of_a_run(
+    run_config: dict[str, Any], tmp_path: Path
+) -> None:
+    """Its folder has no configuration of its own; that of the run around it tells it."""
+    run_table(run_config | {"rounds": 1, "compare": ["local"]}, tmp_path / "run")
+    baseline = tmp_path / "run" / "compare" / "local"
+    with pytest.raises(ConfigError, match="name one with --site: north, south, west"):
+        export_run(baseline)
+    made = export_run(baseline, site="south", base="org/base")
+    written = read_adapter_folder(made.folder).tensors
+    expected = own(baseline, "south")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(written[name], expected[name]) for name in expected)
+    assert "The local baseline" in (made.folder / "README.md").read_text()
+
+
 def test_one_site_is_local_training(run_config: dict[str, Any], tmp_path: Path) -> None:
     """With nobody to share with, the site's model is that of the site alone, over two rounds."""
     single = run_config | {"data": run_config["data"] | {"partition": {"by": "iid", "sites": 1}}}
