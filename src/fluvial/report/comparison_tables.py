@@ -266,7 +266,7 @@ def _value(mean: float, high: float | None, *, losing: bool) -> str:
 
 def _number(value: float, losing: bool, sign: str = "") -> str:
     """Return a loss in nats, or a share in per cent without its sign."""
-    return figure(value, f"{sign}.4f") if losing else figure(100 * value, f"{sign}.2f")
+    return figure(value, f"{sign}z.4f") if losing else figure(100 * value, f"{sign}z.2f")
 
 
 def _difference_cells(found: Difference | None, *, losing: bool) -> list[str]:

@@ -50,8 +50,8 @@ class Verdict:
     """Share of right greedy answers, mean over the sites, of this run ("final") and of the others;
     empty where this run has no answers."""
     answers: dict[Reference, Comparison] = field(default_factory=dict)
-    """Comparisons of exact match, where each site has one of both runs; intervals are over all
-    questions where their number is known, else over the sites."""
+    """Comparisons of exact match, where each site has one of both runs; differences and
+    intervals are over all questions where their number is known, else over the sites."""
     answered: tuple[int, int, int] | None = None
     """Sites with more right answers than `against`, with as many, and with fewer; None where some
     site has no exact match of both."""
@@ -279,8 +279,11 @@ def _means(
 def _over_questions(
     found: Comparison, result: Mapping[str, Any], other: Mapping[str, Any] | None
 ) -> Comparison:
-    """Return a comparison of exact match with the interval over all questions of the sites, which
-    the base model has in the `result` itself; `found` where results do not tell them."""
+    """Return a comparison of exact match over all questions of the sites, which the base model has
+    in the `result` itself; `found` where results do not tell them.
+
+    It is clear only where the mean over the sites has the same sign.
+    """
     overlap = result.get("overlap") or {}
     questions = float(overlap.get("independent_questions") or result.get("questions") or 0)
     ours = _pooled(result, "final")
@@ -289,7 +292,8 @@ def _over_questions(
         return found
     phi = correlation_of(result, other, questions)
     low, high = share_difference(ours, theirs, questions, phi)
-    return replace(found, low=low, high=high, clear=not low <= 0 <= high)
+    clear = not low <= 0 <= high and (ours > theirs) == (found.difference > 0)
+    return replace(found, difference=ours - theirs, low=low, high=high, clear=clear)
 
 
 def _pooled(result: Mapping[str, Any], which: Literal["base", "final"]) -> float | None:

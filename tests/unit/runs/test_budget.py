@@ -292,6 +292,20 @@ def test_a_limit_of_both_directions_has_a_coded_downlink(table: Table, tmp_path:
     assert any(both <= ways for ways in begun.values())
 
 
+def test_a_cohort_below_all_sites_is_counted_as_all_of_them(timed: Table) -> None:
+    """A site may take part in each round, and what it receives then has headers."""
+    codecs = {"codec": {"name": "int8"}, "downlink": {"name": "int8"}}
+    found = []
+    for fraction in (1.0, 0.5):
+        table = timed | codecs | {"method": {"name": "fedavg", "fraction": fraction}}
+        costs = costs_of(table, run_s=None, total_bytes=10**9)
+        pool = ModelPool(costs.config.model, costs.config.adapter)
+        each = costs.first(Adapter(None, None, None), pool, [Pair(None, None)])
+        assert each is not None
+        found.append((each.up_bytes, each.down_bytes))
+    assert found[0] == found[1]
+
+
 def test_each_limit_of_bytes_bounds_the_run(timed: Table) -> None:
     """Of two limits the tighter one decides."""
     config = parse(timed, "test")
@@ -377,6 +391,15 @@ SMALL = {"budget": BUDGET | {"up_bytes": 300}}
             "rounds; remove [codec] so that the budget chooses it",
         ),
         ({"data": None}, "data.public_source: a budget makes its trials on public text"),
+        (
+            {
+                "budget": {"total_bytes": 300},
+                "lora": {"r": 2, "target_modules": "attention"},
+                "codec": {"name": "int8"},
+                "downlink": {"name": "int8"},
+            },
+            "remove [downlink], which is set too, so that the budget chooses it",
+        ),
     ],
 )
 def test_check_and_run_refuse_alike(

@@ -298,12 +298,19 @@ def test_contenders_that_make_the_same_run_are_named(
 ) -> None:
     """CG-FedLLM without pre-training is FedAvg with its codec."""
     paths = [
-        write("plain", codec={"name": "int8"}),
+        write("plain", codec={"name": "int8"}, compare=["local"]),
         write("paper", codec=codec, method={"name": "cgfedllm", "tgap": tgap}),
     ]
     found = same_runs(read_comparison(paths))
     assert len(found) == same
     assert not same or found[0].startswith("contenders 'plain' and 'paper' make the same run")
+    assert not same or "cgfedllm is fedavg with its codec" in found[0]
+    twice = same_runs(
+        read_comparison(
+            [paths[1], write("again", **load(paths[1]).model_dump(exclude_unset=True, mode="json"))]
+        )
+    )
+    assert "no setting that changes a run differs" in twice[0]
 
 
 def test_a_shared_heldout_set_is_one_cell_of_each_seed() -> None:

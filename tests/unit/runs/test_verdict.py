@@ -463,3 +463,19 @@ def test_the_first_line_is_the_verdict_and_the_gate_is_the_codecs(tmp_path: Path
     assert "0.2000 nats higher, better at 0 of 3 sites." in page
     assert "Verdict" not in page
     assert "<h2>Codec gate:" in page
+
+
+def test_a_pooled_difference_against_that_of_the_sites_is_not_clear() -> None:
+    """Three questions at one site and 200 at the other: the mean over the sites is better, and the
+    answers to all questions are worse."""
+    ours, local = made([2.8, 2.8]), made([2.9, 2.9])
+    for found, shares, pooled in ((ours, (1.0, 0.5), 0.507), (local, (0.0, 0.75), 0.739)):
+        found |= {"questions": 203, "heldout_pooled": {"final": {"exact_match": pooled}}}
+        for row, share in zip(found["heldout_by_site"].values(), shares, strict=True):
+            row["final"]["exact_match"] = share
+    right = judge(ours, {"local": local}).right
+    assert right is not None
+    assert right.low is not None
+    assert right.high is not None
+    assert right.low < right.difference < right.high < 0
+    assert right.clear is False

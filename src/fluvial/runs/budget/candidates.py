@@ -110,6 +110,14 @@ def with_choice(
     return type(config).model_validate(table)
 
 
+def _with_all_sites(config: RunConfig) -> RunConfig:
+    """Return a configuration whose sites take part in each round: no site moves more bytes."""
+    if getattr(config.method, "fraction", 1.0) == 1.0:
+        return config
+    method = config.method.model_copy(update={"fraction": 1.0})
+    return config.model_copy(update={"method": method})
+
+
 def _targets(name: str) -> str | tuple[str, ...]:
     return name if name in ("attention", "all-linear") else tuple(name.split("+"))
 
@@ -222,8 +230,9 @@ class Costs:
         codec = pair.codec(rate)
         downlink = pair.downlink(rate)
         config = with_choice(self.config, adapter, codec, downlink)
+        every = _with_all_sites(config)
         try:
-            forecast = check_settings(config, pool.layout, pool.outline.base, self.texts).forecast()
+            forecast = check_settings(every, pool.layout, pool.outline.base, self.texts).forecast()
         except ConfigError as error:
             chosen = {"codec": codec, "downlink": downlink}
             if any(each and str(error).startswith(name) for name, each in chosen.items()):

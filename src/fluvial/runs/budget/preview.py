@@ -39,11 +39,16 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
     free = opened(config)
     if budget is None:
         return config, []
-    if not free:
-        return config, ["budget: nothing is open, so the run is checked against it and no more"]
-
-    PublicSites.of(texts, budget.trial_sites)
+    if free:
+        PublicSites.of(texts, budget.trial_sites)
     found = _example(config, budget, free, texts)
+    if not free:
+        both = found.up_bytes + found.down_bytes
+        return config, [
+            f"budget: nothing is open, and the run is within its bytes: a site sends at most "
+            f"{found.up_bytes:,} B, {both:,} B with what it receives"
+        ]
+
     names = {
         "target_modules": "lora.target_modules",
         "r": "lora.r",

@@ -93,6 +93,8 @@ def nothing_fits(config: RunConfig, free: Open, tried: int) -> str:
             f"{'' if rate is None else 'raise codec.rate, '}remove [codec] so that the budget "
             "chooses it, "
         )
+    if budget.counts_downloads and config.downlink is not None:
+        words += "remove [downlink], which is set too, so that the budget chooses it, "
     words += "allow more, or run fewer rounds"
     return f"{', '.join(limits)}: {words}"
 

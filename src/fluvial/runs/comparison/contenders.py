@@ -37,6 +37,8 @@ SAME = ("data.", "model.", "evaluate.")
 """Tables of settings that contenders must have in common."""
 BESIDE = ("evaluate.sample_prompt", "evaluate.sample_tokens", "evaluate.cross_site")
 """Settings among these that change no measure, and that some methods refuse."""
+ASIDE = ("compare", "page", "report_to", "profile")
+"""Settings that change what is made beside a run, and nothing of the run."""
 BY_SITE = "data.by_site."
 SHOWN = 12
 """Settings that a refusal names, at most."""
@@ -199,25 +201,31 @@ def _without_itself(name: str, table: dict[str, Any]) -> dict[str, Any]:
 
 def same_runs(comparison: Comparison) -> list[str]:
     """Return a line for each contender that makes the same run as an earlier one."""
-    known: list[tuple[str, dict[str, Any]]] = []
+    known: list[tuple[Contender, dict[str, Any]]] = []
     lines = []
     for each in comparison.contenders:
         plain = _plain(each.config)
-        first = next((name for name, other in known if other == plain), None)
+        first = next((earlier for earlier, other in known if other == plain), None)
         if first is None:
-            known.append((each.name, plain))
+            known.append((each, plain))
         else:
+            why = (
+                "no setting that changes a run differs; remove one"
+                if first.config.method.name == each.config.method.name
+                else "without pre-training (method.tgap.source='none') cgfedllm is fedavg with its "
+                "codec; remove one, or set another tgap.source"
+            )
             lines.append(
-                f"contenders {first!r} and {each.name!r} make the same run, so nothing can tell "
-                "them apart: without pre-training (method.tgap.source='none') cgfedllm is fedavg "
-                "with its codec; remove one, or set another tgap.source"
+                f"contenders {first.name!r} and {each.name!r} make the same run, so nothing can tell "
+                f"them apart: {why}"
             )
     return lines
 
 
 def _plain(config: RunConfig) -> dict[str, Any]:
-    """Return all settings of a run, those of cgfedllm without pre-training as of fedavg."""
-    table = config.resolved()
+    """Return the settings that change a run, those of cgfedllm without pre-training as of
+    fedavg."""
+    table = {key: value for key, value in config.resolved().items() if key not in ASIDE}
     method = table["method"]
     learns = isinstance(config.coding, AutoSettings) or must_learn(config.coding)
     without = method["name"] == "cgfedllm" and method["tgap"]["source"] == "none"

@@ -131,7 +131,7 @@ def _sentence(contender: ComparedContender, base: ComparedContender, found: Diff
     apart = f": held-out loss {figure(abs(found.mean))} nats {way}" if found.mean else ""
     parts = [f"{words}{apart} ({_tested(found, 1, '+.4f')})"]
     right = score(contender)
-    if right is not None and right.mean:
+    if right is not None and round(100 * right.mean, 1):
         more = "higher" if right.mean > 0 else "lower"
         points = f"exact match {figure(100 * abs(right.mean), '.1f')} points {more}"
         unsure = right.low is not None and right.high is not None and right.low < 0 < right.high
