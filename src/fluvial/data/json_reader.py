@@ -87,7 +87,10 @@ def _why(error: ValueError) -> str:
 
 
 def read_document(path: Path, reading: Reading) -> Table:
-    """Read a list of records, or an object with one such list, or one record, or JSON lines."""
+    """Read a list of records, or an object with one such list, or one record, or JSON lines.
+
+    An object without any list is one record, whatever its fields are called.
+    """
     text = read_text(path, reading.encoding)
     name = safe_line(str(path))
 
@@ -103,13 +106,13 @@ def read_document(path: Path, reading: Reading) -> Table:
         raise DataError([f"{name}, {error}"]) from None
 
     lists = {key: items for key, items in fields if items is not None}
-    if _is_record([key for key, _ in fields], lists):
+    if (fields and not lists) or _is_record([key for key, _ in fields], lists):
         line = text.count("\n", 0, text.index("{")) + 1
         rows = [Row(_record(_loads(text)), Place(str(path), "line", line))]
         return Table(str(path), ".json", rows, columns_of(rows))
 
     if len(lists) != 1:
-        raise DataError([f"{name}: {_no_list(lists, [key for key, _ in fields])}"])
+        raise DataError([f"{name}: {_no_list(lists)}"])
 
     (items,) = lists.values()
     return _table_of_items(path, items)
@@ -133,7 +136,7 @@ def _is_record(keys: Collection[str], lists: Mapping[str, Items]) -> bool:
     return False
 
 
-def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:
+def _no_list(lists: Mapping[str, Any]) -> str:
     remedy = "write a list of records, [{...}, {...}], or one record on each line of a .jsonl file"
     if lists:
         names = listed(list(lists))
@@ -142,8 +145,6 @@ def _no_list(lists: Mapping[str, Any], keys: Sequence[str]) -> str:
             f"open; {remedy}"
         )
 
-    if keys:
-        return f"is an object without a list of records (fields {listed(keys)}); {remedy}"
     return f"has no list; {remedy}"
 
 

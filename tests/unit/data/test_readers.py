@@ -435,7 +435,7 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{\n "a": 1\n}\n', "is one JSON document"),
     ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
     ("a.json", '{"train": [{}], "test": [{}]}', "has 2 lists, in the fields 'train', 'test'"),
-    ("a.json", '{"a": "x", "b": 1}', "without a list of records .fields 'a', 'b'"),
+    ("a.json", "{}", "has no list"),
     ("a.json", '{"prompt": ["a"], "completion": ["b"]}', "has 2 lists, in the fields 'prompt'"),
     ("a.json", "[]", "holds no record"),
     ("a.json", "7", "has no list"),
@@ -457,6 +457,12 @@ def test_what_cannot_be_read_is_said_with_place_and_remedy(
 ) -> None:
     with pytest.raises(DataError, match=message):
         read(tmp_path, name, content)
+
+
+def test_an_object_without_a_list_is_one_record(tmp_path: Path) -> None:
+    """Whatever its fields are called, and whether they hold objects."""
+    table = read(tmp_path, "a.json", '{"frage": "x", "meta": {"clinic": "n"}}')
+    assert [row.fields for row in table.rows] == [{"frage": "x", "meta": {"clinic": "n"}}]
 
 
 def test_all_broken_lines_are_told_and_counted_beyond_twenty(tmp_path: Path) -> None:

@@ -216,8 +216,8 @@ def same_runs(comparison: Comparison) -> list[str]:
                 "codec; remove one, or set another tgap.source"
             )
             lines.append(
-                f"contenders {first.name!r} and {each.name!r} make the same run, so nothing can tell "
-                f"them apart: {why}"
+                f"contenders {first.name!r} and {each.name!r} make the same run, so nothing can "
+                f"tell them apart: {why}"
             )
     return lines
 
