@@ -122,7 +122,7 @@ KINDS = {
     "blocks": (blocks, ["Block schedule, by cycle"]),
     "plans": (plans, ["Plan against measured", "Rank of each weight by site"]),
     "leakage": (leakage, ["Tokens read, by attack", "Privacy"]),
-    "unfinished": (unfinished, ["Loss and score"]),
+    "unfinished": (unfinished, ["Loss"]),
     "begun": (begun, ["Errors at the codec gate", "Plan of each site"]),
     "refused": (refused, ["Errors at the codec gate"]),
 }
