@@ -286,6 +286,47 @@ def default_adapter() -> str:
     return "\n\n".join([table(rows), claims("default_adapter.json")])
 
 
+def budget_both() -> str:
+    """Return bytes of both ways to a loss, of choices within a budget and of fixed adapters."""
+    found = read("budget_both.json")
+    settings = found["settings"]
+    headings = ["cell", "contender", "what is chosen", "reached in round", "both ways", "loss"]
+    rows = [
+        [
+            row["cell"],
+            row["contender"],
+            _chosen(row["chosen"]) if "chosen" in row else "-",
+            "-" if row["reached"] is None else str(row["reached"]),
+            f"{row['all_to_target']:,.0f} B",
+            f"{row['loss']:.4f}",
+        ]
+        for row in found["rows"]
+    ]
+
+    return "\n\n".join(
+        [
+            f"{settings['rounds']} rounds of {settings['steps']} steps of {settings['batch']}, one "
+            "seed, bytes of one site in both directions until the loss of the uncompressed run "
+            f"after {settings['target']} rounds, or of the whole run where that is not reached. "
+            "The budgets are all and a third of the bytes of rank 8 on q, k, v and o with powersgd "
+            "at 1/64 both ways; adapters by hand have the third.",
+            table([headings, *rows]),
+            claims("budget_both.json"),
+        ]
+    )
+
+
+def _chosen(choice: dict[str, Any]) -> str:
+    """Return a choice within a budget in a few words."""
+    steps = f", {choice['max_steps']} steps" if "max_steps" in choice else ""
+    ways = {name: choice[name] or {"name": "exact"} for name in ("codec", "downlink")}
+    up, down = (
+        f"{each['name']} 1/{each['rate']:.3g}" if "rate" in each else each["name"]
+        for each in ways.values()
+    )
+    return f"r {choice['r']} on {choice['target_modules']}{steps}, {up} up, {down} down"
+
+
 def budget() -> str:
     """Return bytes to a loss, and the loss, of a choice within a budget and of fixed adapters."""
     found = read("budget.json")

@@ -18,7 +18,16 @@ from typing import Any
 
 from block_tables import block_compute, block_curves, block_downloads, block_losses, block_memory
 from cgfedllm_tables import gate, loss, parts, training
-from codec_tables import adapters, budget, default_adapter, distortion, driven, speed, target
+from codec_tables import (
+    adapters,
+    budget,
+    budget_both,
+    default_adapter,
+    distortion,
+    driven,
+    speed,
+    target,
+)
 from fidelity_figures import fill_cells
 from pipe_benchmark_tables import (
     pipe_enforced,
@@ -324,6 +333,7 @@ TABLES = {
         "distortion": distortion,
         "target": target,
         "budget": budget,
+        "budget_both": budget_both,
         "default_adapter": default_adapter,
         "adapters": adapters,
         "driven": driven,
