@@ -17,12 +17,21 @@ from collections.abc import Sequence
 from statistics import mean
 
 from benchmarks.budget.bed import Bed, Runs, resolve
-from benchmarks.budget.choice import CELLS, SHARE, USUAL, Figures, by_hand, chosen, words_of
+from benchmarks.budget.choice import (
+    CELLS,
+    SHARE,
+    USUAL,
+    Figures,
+    best_rate,
+    by_hand,
+    candidates_of,
+    choice_row,
+    words_of,
+)
 from benchmarks.cgfedllm.bed import Table
 from benchmarks.codecs.figures import bytes_until
 from benchmarks.report import Claim, Row
 from fluvial.runs.budget.pairs import Pair
-from fluvial.runs.budget.settled import settle
 
 __all__ = ["CELLS", "claims", "measure"]
 
@@ -48,10 +57,7 @@ STEPS = (1, 2, 4)
 
 def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
     """Return the rows of one cell: contenders by seed."""
-    tuning = {
-        rate: runs.one(resolve(cell, bed, rate, 0, lora=USUAL)) for rate in bed.learning_rates
-    }
-    rate = min(tuning, key=lambda each: tuning[each]["loss"][-1])
+    rate = best_rate(cell, bed, runs)
     rows: list[Row] = []
 
     for seed in range(bed.seeds):
@@ -67,8 +73,7 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
         whole: Table = {
             "total_bytes": int(limit),
             "trial_rounds": bed.rounds,
-            "r": list(bed.ranks),
-            "target_modules": list(bed.targets),
+            **candidates_of(bed),
         }
         third = whole | {"total_bytes": int(SHARE * limit)}
         steps = {"max_steps": [factor * bed.steps for factor in STEPS]}
@@ -76,11 +81,9 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
         train = {"learning_rate": rate, "per_device_train_batch_size": bed.batch}
         free = resolve(cell, bed, rate, seed, train=train, budget=third | steps)
         every = (resolve(cell, bed, rate, seed, budget=whole), config, free)
-        for name, each in zip(BUDGETS, every, strict=True):
-            choice = runs.one(each, chosen)
-            run = runs.one(settle(each, choice))
-            found = {key: choice[key] for key in ("why", "chosen", "trials")}
-            rows.append(figures.row(name, run, **found))
+        rows += [
+            choice_row(name, each, figures, runs) for name, each in zip(BUDGETS, every, strict=True)
+        ]
 
         for pair in BY_HAND if seed == 0 else ():
             for each in by_hand(config, [pair]):

@@ -90,12 +90,29 @@ class Figures:
         }
 
 
-def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
-    """Return the rows of one cell: contenders by seed."""
+def best_rate(cell: str, bed: Bed, runs: Runs) -> float:
+    """Return the learning rate that is best for the uncompressed run on seed 0."""
     tuning = {
         rate: runs.one(resolve(cell, bed, rate, 0, lora=USUAL)) for rate in bed.learning_rates
     }
-    rate = min(tuning, key=lambda each: tuning[each]["loss"][-1])
+    return min(tuning, key=lambda each: tuning[each]["loss"][-1])
+
+
+def candidates_of(bed: Bed) -> Table:
+    """Return the adapters among which a budget chooses."""
+    return {"r": list(bed.ranks), "target_modules": list(bed.targets)}
+
+
+def choice_row(name: str, config: RunConfig, figures: Figures, runs: Runs) -> Row:
+    """Return the figures of a run with what is chosen within the budget of `config`."""
+    choice = runs.one(config, chosen)
+    own = runs.one(settle(config, choice))
+    return figures.row(name, own, **{key: choice[key] for key in ("why", "chosen", "trials")})
+
+
+def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
+    """Return the rows of one cell: contenders by seed."""
+    rate = best_rate(cell, bed, runs)
     rows: list[Row] = []
 
     for seed in range(bed.seeds):
@@ -104,18 +121,14 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
         budget = {
             "up_bytes": int(SHARE * bytes_until(fixed, bed.rounds)["up"]),
             "trial_rounds": bed.trial_rounds,
-            "r": list(bed.ranks),
-            "target_modules": list(bed.targets),
+            **candidates_of(bed),
         }
         config = resolve(cell, bed, rate, seed, budget=budget)
-        choice = runs.one(config, chosen)
-        own = runs.one(settle(config, choice))
         figures = Figures(cell, seed, rate, plain["loss"][bed.target - 1])
-        found = {key: choice[key] for key in ("why", "chosen", "trials")}
         rows += [
             figures.row("uncompressed, r 8", plain),
             figures.row(FIXED_NAME, fixed),
-            figures.row("budget", own, **found),
+            choice_row("budget", config, figures, runs),
         ]
         if seed == 0:
             rows += [
