@@ -81,14 +81,17 @@ class SiteTexts:
         seed: int,
         owner: str | None = None,
         num_embeddings: int | None = None,
+        context: int | None = None,
     ) -> None:
         """Read the records; all belong to the one site `owner`, where there is one.
 
-        A token id from `num_embeddings` (rows of the model's embedding) on is a fault of the data.
+        A token id from `num_embeddings` (rows of the model's embedding) on is a fault of the data;
+        `context` is the tokens that the model reads at most.
         """
         self.config = config
         self.seed = seed
         self._num_embeddings = num_embeddings
+        self._context = context
         self.tokenizer = with_template(tokenizer, config.chat_template)
         records = SiteRecords(config, seed, owner)
         self.notes = records.notes
@@ -266,7 +269,9 @@ class SiteTexts:
         config = self.config
         own = None if site is None else config.by_site.get(site)
         tokenizer = with_template(self.tokenizer, None if own is None else own.chat_template)
-        return Tokenizing(tokenizer, config.max_length, config.loss_on, config.overlong)
+        return Tokenizing(
+            tokenizer, config.max_length, config.loss_on, config.overlong, self._context
+        )
 
     def _sequences(self, examples: list[Example]) -> list[Example]:
         """Return `examples` as they are trained on; what is measured is never packed."""

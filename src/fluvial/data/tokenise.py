@@ -85,6 +85,8 @@ class Tokenizing:
     max_length: int
     loss_on: Literal["answer", "all"] = "answer"
     overlong: Overlong = "cut"
+    context: int | None = None
+    """Tokens that the model reads at most; None where that is not known, or without a limit."""
 
     def __call__(self, records: Iterable[Record]) -> Tokenized:
         """Return token ids and labels of `records`.
@@ -195,10 +197,23 @@ def refusal(
     return (
         f"{surplus.refused} of {records} records {are(surplus.refused)} longer than "
         f"data.max_length={tokenizing.max_length}, {why}"
-        f"{f' (by site: {sites})' if sites else ''}: {places}. Raise data.max_length (the longest "
-        f'record has {surplus.longest} tokens), or set data.overlong to "shorten_prompt" (the '
-        'beginning of the prompt goes) or "drop"'
+        f"{f' (by site: {sites})' if sites else ''}: {places}. "
+        f"{_longer(surplus.longest, tokenizing)}, or set data.overlong to "
+        '"shorten_prompt" (the beginning of the prompt goes) or "drop"'
     )
+
+
+def _longer(longest: int, tokenizing: Tokenizing) -> str:
+    """Return what lets a record of `longest` tokens fit; no setting raises the model's context."""
+    context = tokenizing.context
+    if context is None or longest <= context:
+        return f"Raise data.max_length (the longest record has {longest} tokens)"
+
+    reads = f"the model reads at most {context} tokens and the longest record has {longest}"
+    others = "shorten the records, choose a model with a longer context"
+    if tokenizing.max_length < context:
+        return f"Raise data.max_length to {context} at most ({reads}), {others}"
+    return f"Raising data.max_length cannot help ({reads}): {others}"
 
 
 def tokenize(

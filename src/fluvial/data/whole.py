@@ -40,8 +40,10 @@ def read_whole(
     site_field: str | None = None,
     *,
     site_required: bool = True,
+    context: int | None = None,
 ) -> Whole:
-    """Return the records of `config.source`; `where` names it in messages.
+    """Return the records of `config.source`; `where` names it in messages, and `context` is the
+    tokens that the model reads at most.
 
     `site_field` is the column with the name of a record's site; unless it is required, a source
     without this column has no sites.
@@ -67,7 +69,7 @@ def read_whole(
             )
 
     changed = with_template(tokenizer, config.chat_template)
-    tokenizing = Tokenizing(changed, config.max_length, config.loss_on, config.overlong)
+    tokenizing = Tokenizing(changed, config.max_length, config.loss_on, config.overlong, context)
     tokens = tokenizing([entry.record for entry in found.entries])
     faults.include_all(tokens.faults)
 

@@ -34,6 +34,7 @@ EXAMPLES: dict[str, Any] = {
     "encoding": "cp1252",
     "delimiter": ";",
     "columns": {"completion": "answer"},
+    "overlong": "shorten_prompt",
 }
 """Values of settings that an error about records may ask for."""
 TEMPLATE = "chat_template"

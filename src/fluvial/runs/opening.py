@@ -52,6 +52,7 @@ def texts_of(config: RunConfig, pool: ModelPool, owner: str | None = None) -> Si
         seed=config.seed,
         owner=owner,
         num_embeddings=pool.outline.num_embeddings,
+        context=pool.outline.context,
     )
 
 

@@ -16,11 +16,12 @@ from fluvial.methods.fedpipe.config import FedPipeConfig
 from fluvial.methods.interface import Forecast
 from fluvial.methods.traffic import Bytes, Traffic
 from fluvial.models.attention import check_attention
+from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, resolve_device
 from fluvial.models.miniature import check_packing_of_miniature
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartTuning, tunes_weights
-from fluvial.models.pretrained import num_embeddings
+from fluvial.models.pretrained import context_length, num_embeddings
 from fluvial.models.quantised import check_library
 from fluvial.models.targets import LoraSettings, target_names
 from fluvial.models.tokenizers import check_tokenizer, load_tokenizer
@@ -69,7 +70,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     check_trackers(config.report_to)
     weights = check_weights(config.model, base) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
-    texts = SiteTexts(config.data, tokenizer, seed=config.seed, num_embeddings=num_embeddings(base))
+    texts = _texts(config, tokenizer, base)
     config, choosing = shown(config, texts)
     layout = Outline(config.model, config.adapter).assignment.layout
     planned = check_settings(config, layout, base, texts)
@@ -142,6 +143,19 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     }
 
 
+def _texts(
+    config: RunConfig, tokenizer: PreTrainedTokenizerBase, base: PreTrainedModel
+) -> SiteTexts:
+    """Return the data of all sites for the model `base`, which may be without weights."""
+    return SiteTexts(
+        config.data,
+        tokenizer,
+        seed=config.seed,
+        num_embeddings=num_embeddings(base),
+        context=context_length(base),
+    )
+
+
 def _targets(config: RunConfig, base: nn.Module) -> list[str]:
     """Return the modules that an adapter is put on, and "all weights" where these are tuned."""
     adapter = config.adapter
@@ -186,7 +200,7 @@ def preview(config: RunConfig, site: str | None, count: int) -> dict[str, Any]:
     """The first `count` training sequences of a site and its first held-out one, token by token,
     with the loss mask."""
     tokenizer = load_tokenizer(config.model)
-    texts = SiteTexts(config.data, tokenizer, seed=config.seed)
+    texts = _texts(config, tokenizer, meta_base(config.model))
     name = texts.names[0] if site is None else site
 
     if name not in texts.names:

@@ -16,9 +16,10 @@ from fluvial.wire.tensors import Named
 def read_texts(data: DataConfig, pool: ModelPool, answers: AnswerConfig | None) -> Whole:
     """Return the records of a file; raises `ConfigError` for a length that the model does not read,
     and where answers are asked for that no record has."""
-    check_length(pool.outline.context, data.max_length)
+    context = pool.outline.context
+    check_length(context, data.max_length)
     if answers is None:
-        return read_whole(data, pool.tokenizer, "--data")
+        return read_whole(data, pool.tokenizer, "--data", context=context)
 
     texts = read_whole(
         data,
@@ -26,6 +27,7 @@ def read_texts(data: DataConfig, pool: ModelPool, answers: AnswerConfig | None) 
         "--data",
         answers.site_field,
         site_required=answers.site_required,
+        context=context,
     )
     if answers.required and not texts.questions:
         option = "--answers" if answers.file else "--generate"

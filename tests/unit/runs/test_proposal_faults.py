@@ -140,6 +140,7 @@ def test_records_that_do_not_fit_the_model_are_told_beside_the_others(tiny_model
         "3 of 3 records are longer than data.max_length=128",
         "--public: there is no file or folder 'no.txt'",
     )
+    assert str(caught.value).count("Raising data.max_length cannot help (the model reads at") == 2
 
 
 def test_conversations_that_no_template_renders_are_told_beside_the_others(

@@ -102,7 +102,7 @@ def include_unfit(
         is_text = parts[0].form == "text"
         length = proposed_length(lengths, model.context, text=is_text)
         overlong = proposed_overlong(lengths, length, text=is_text) or "cut"
-        tokenizing = Tokenizing(tokenizer, length, overlong=overlong)
+        tokenizing = Tokenizing(tokenizer, length, overlong=overlong, context=model.context)
 
         for facts in {each.source: each for each in (*parts, *heldout)}.values():
             found = tokenizing(facts.records())
