@@ -50,7 +50,7 @@ def read_delimited(path: Path, reading: Reading) -> Table:
             if fault is None:
                 rows.append(Row(dict(zip(columns, cells, strict=True)), place))
             else:
-                faults.add(f"{place}: {fault}")
+                faults.add(f"{place}: {fault}", place)
 
     table = Table(str(path), path.suffix.lower(), rows, columns, skipped(blank))
     return without_faults(table, faults)

@@ -152,11 +152,9 @@ def _decoded(data: bytes, codec: str, encoding: str, name: str) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         byte = f"byte {error.start + 1} of the file is 0x{data[error.start]:02x}"
+        remedy = _proposal(data, codec)
         raise DataError(
-            [
-                f"{name}, line {line}: is no text of {encoding} ({byte}: {error.reason}); "
-                f"{_proposal(data, codec)}"
-            ]
+            [f"{name}, line {line} ({byte}: {error.reason}): is no text of {encoding}; {remedy}"]
         ) from None
 
 

@@ -33,13 +33,13 @@ def _json_lines(path: Path, text: str) -> Table:
             blank += 1
             continue
         if line.startswith(MARK):
-            faults.add(f"{place}: {MARKED}")
+            faults.add(f"{place}: {MARKED}", place)
             continue
 
         try:
             rows.append(Row(_record(_loads(line)), place))
         except ValueError as error:
-            faults.add(f"{place} {_why(error)}")
+            faults.add(f"{place} {_why(error)}", place)
 
     if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
         raise DataError(
@@ -80,7 +80,7 @@ def _why(error: ValueError) -> str:
     """Return the fault of a JSON text, without any of the text."""
     if isinstance(error, JSONDecodeError):
         return (
-            f"is not JSON ({error.msg} at character {error.colno}); write one record on each "
+            f"({error.msg} at character {error.colno}) is not JSON; write one record on each "
             f"line{_STRICT}"
         )
     return str(error)
@@ -100,8 +100,8 @@ def read_document(path: Path, reading: Reading) -> Table:
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
             return _json_lines(path, text)
         place = f"{name}, line {error.lineno}"
-        fault = f"{place} is not JSON ({error.msg} at character {error.colno} of the line){_STRICT}"
-        raise DataError([fault]) from None
+        where = f"{error.msg} at character {error.colno} of the line"
+        raise DataError([f"{place} ({where}) is not JSON{_STRICT}"]) from None
     except ValueError as error:
         raise DataError([f"{name}, {error}"]) from None
 
@@ -156,6 +156,6 @@ def _table_of_items(path: Path, items: Sequence[tuple[int, Any]]) -> Table:
         try:
             rows.append(Row(_record(value), place))
         except ValueError as error:
-            faults.add(f"{place} {error}")
+            faults.add(f"{place} {error}", place)
 
     return without_faults(Table(str(path), ".json", rows, columns_of(rows)), faults)

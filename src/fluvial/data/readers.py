@@ -53,7 +53,8 @@ def _text(path: Path, reading: Reading) -> Table:
     faults = Faults()
     for number, line in enumerate(lines, start=1):
         if line.startswith(MARK):
-            faults.add(f"{Place(str(path), 'line', number)}: {MARKED}")
+            place = Place(str(path), "line", number)
+            faults.add(f"{place}: {MARKED}", place)
 
     rows = [
         Row({"text": line}, Place(str(path), "line", number))

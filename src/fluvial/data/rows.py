@@ -130,7 +130,7 @@ class FaultyRowsError(DataError):
     """Faults of some rows of a file."""
 
     def __init__(self, faults: Faults, table: Table) -> None:
-        super().__init__(faults.first, faults.count)
+        super().__init__(faults.groups, faults.count)
         self.table = table
         """The other rows, so that their faults can be told too."""
 

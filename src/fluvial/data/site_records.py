@@ -274,7 +274,8 @@ class SiteRecords:
             order = numpy_generator(self.seed, "heldout", name).permutation(len(records))
             cut = round(self.config.heldout_share * len(records))
             if not 0 < cut < len(records):
-                faults.add(_too_few(name, len(records), cut, self.config.heldout_share))
+                fault = _too_few(name, len(records), cut, self.config.heldout_share)
+                faults.add(fault, f"data: site {shown(name)}")
                 continue
 
             train = sorted(order[cut:])

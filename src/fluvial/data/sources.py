@@ -2,7 +2,7 @@
 rows."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,10 +149,10 @@ def _readable(path: Path, reading: Reading, source: Source, faults: Faults) -> l
     try:
         return [read_file(path, reading)]
     except FaultyRowsError as error:
-        faults.include(_placed(error, source))
+        faults.include(_placed(error, source), safe_line(str(path)))
         return [error.table] if error.table.rows else []
     except DataError as error:
-        faults.include(_placed(error, source))
+        faults.include(_placed(error, source), safe_line(str(path)))
         return []
 
 
@@ -161,7 +161,10 @@ def _placed(error: DataError, source: Source) -> DataError:
     own = source.where.removesuffix("_source")
     if own not in ("data.heldout", "data.public"):
         return error
-    faults = [fault.replace("data.encoding", f"{own}.encoding") for fault in error.faults]
+    faults = [
+        replace(fault, text=fault.text.replace("data.encoding", f"{own}.encoding"))
+        for fault in error.groups
+    ]
     return DataError(faults, error.count)
 
 
@@ -236,18 +239,19 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
     try:
         reader = _reader(table, source)
     except ConfigError as error:
-        faults.include(error)
+        faults.include(error, name)
         return found
 
     wanted = source.reading.read_as
     found.forms.append(form_read(reader.form, wanted))
     found.changed = found.forms[-1] != reader.form
     empty = 0
+    own = Faults()
     for row in table.rows:
         try:
             record = read_as(reader.read(row.place, row.cells), wanted)
         except ConfigError as error:
-            faults.include(error)
+            own.include(error, row.place)
             continue
 
         if isinstance(record.content, Text) and not record.content.text.strip():
@@ -256,6 +260,7 @@ def _records(table: Table, source: Source, faults: Faults) -> Found:
 
         found.entries.append(Entry(record, row))
 
+    faults.include_all(own)
     for (key, unit), count in sorted(reader.unread.items()):
         found.notes.append(
             f"{name}: the field {shown(key)} of {count} {unit} is no part of the text"
@@ -333,7 +338,7 @@ def classes_of(
         try:
             classes.append(_class_of(entry.row, column))
         except ConfigError as error:
-            faults.include(error)
+            faults.include(error, entry.row.place)
 
     return classes
 

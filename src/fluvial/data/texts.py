@@ -328,9 +328,9 @@ class SiteTexts:
                 lost = (
                     f" (dropped because longer than data.max_length: {dropped})" if dropped else ""
                 )
+                site = f"data: site {shown(name)}"
                 faults.add(
-                    f"data: site {shown(name)} has no records {what}{lost}; give it some, or leave "
-                    "the site out"
+                    f"{site} has no records {what}{lost}; give it some, or leave the site out", site
                 )
 
             self._check_ids(tokenized.examples, f"data, site {shown(name)}", faults)
@@ -341,7 +341,8 @@ class SiteTexts:
             faults.add(
                 f"{where}: the text has a token of id {largest}, and the model embeds ids up to "
                 f"{self._num_embeddings - 1}; use the tokenizer that belongs to the model, or "
-                "resize the model (resize_token_embeddings) and save it anew"
+                "resize the model (resize_token_embeddings) and save it anew",
+                where,
             )
 
     # -- public text -------------------------------------------------------

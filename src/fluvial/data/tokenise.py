@@ -13,7 +13,7 @@ from fluvial.data.examples import (
     windows,
     without_beginning,
 )
-from fluvial.data.faults import SHOWN, DataError, Faults, are
+from fluvial.data.faults import SHOWN, Faults, are
 from fluvial.data.forms import Form
 from fluvial.data.packing import pack
 from fluvial.data.records import Chat, Record, RecordReader, Text
@@ -109,7 +109,7 @@ class Tokenizing:
             try:
                 example, question = self._example(record, encoder)
             except ConfigError as error:
-                result.faults.include(error)
+                result.faults.include(error, record.place)
                 continue
 
             result.unknown += unknown in example.input_ids
@@ -239,12 +239,12 @@ def tokenize(
         try:
             checked.append(reader.read(name, fields))
         except ConfigError as error:
-            faults.include(error)
+            faults.include(error, name)
 
     tokenizing = Tokenizing(tokenizer, max_length, loss_on, overlong)
     result = tokenizing(checked)
     if result.faults.count:
-        faults.include(DataError(result.faults.first, result.faults.count))
+        faults.include_all(result.faults)
     if result.surplus.refused:
         faults.add(refusal(result.surplus, tokenizing, result.records, {}))
 

@@ -49,7 +49,7 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
         try:
             choices.append(_choice(f"{row.place}", row.fields, subject_field))
         except ConfigError as error:
-            faults.include(error)
+            faults.include(error, row.place)
 
     faults.raise_any()
     return choices

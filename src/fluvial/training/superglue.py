@@ -74,7 +74,7 @@ def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
             try:
                 clozes += READERS[name](row)
             except ConfigError as error:
-                faults.include(error)
+                faults.include(error, row.place)
 
         tasks[name] = _with_rivals(clozes) if name == "WSC" else clozes
 

@@ -128,13 +128,12 @@ def test_all_records_without_the_field_are_named_at_once(tmp_path: Path) -> None
     remedy = "write a text, or remove the record"
     missing = "is missing; form 'prompt_completion' needs it; add it, or remove the record"
     assert caught.value.faults == (
-        f"{path}, line 3: {name} {missing}",
+        f"2 times: {name} {missing}: {path}, lines 3, 7",
         f"{path}, line 4: field 'completion' (column 'dialog.reply.text') must be text, and is "
         f"within 'dialog.reply', which is a list and no object; {remedy}",
         f"{path}, line 5: {name} must be text, and is null; {remedy}",
         f"{path}, line 6: {name} must be text, and is within 'dialog', which is text and no "
         f"object; {remedy}",
-        f"{path}, line 7: {name} {missing}",
     )
 
 

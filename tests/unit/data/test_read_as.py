@@ -94,9 +94,9 @@ def test_what_read_as_cannot_read_or_does_not_change(
     long = written(tmp_path / "long.jsonl", chats({"from": "system", "value": "Be brief."}))
     with pytest.raises(DataError) as caught:
         texts(table, tokenizer, source=long, read_as="prompt_completion", chat_template=None)
-    assert "long.jsonl, line 1: data.by_site.bern.read_as = 'prompt_completion' reads" in str(
-        caught.value
-    )
+    told = str(caught.value)
+    assert " times: data.by_site.bern.read_as = 'prompt_completion' reads" in told
+    assert "long.jsonl, lines 1, 2, 3" in told
     same = {**table, "heldout_source": table["source"]}
     idle = texts(same, tokenizer, read_as="messages")
     idle.check()

@@ -289,7 +289,7 @@ def test_an_encoding_that_is_set_reads_the_text(name: str, encoding: str, tmp_pa
         (
             '{"t": "a"}\n{"t": "caf\u00e9"}\n'.encode("cp1252"),
             "utf-8",
-            r'a.jsonl, line 2: is no text of utf-8 \(byte 22 of the file is 0xe9: .*"cp1252" '
+            r'a.jsonl, line 2 \(byte 22 of the file is 0xe9: .*\): is no text of utf-8; .*"cp1252" '
             r'\(or "latin-1"\)',
         ),
         ('{"t": "\u4f60\u597d"}'.encode("gb18030"), "utf-8", '"gb18030" .or "shift_jis"'),
@@ -407,7 +407,7 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     (
         "a.csv",
         HEAD + "a,b\n" + HEAD + "c,d\n\ufeffcompletion, prompt\n",
-        "a.csv, line 3: repeats the header, .* remove it\n.*a.csv, line 5: repeats the header",
+        "2 times: repeats the header, .* remove it: .*a.csv, lines 3, 5",
     ),
     ("a.tsv", "text\na\ntext\nb\n", "a.tsv, line 3: repeats the header"),
     ("a.csv", ",b\n1,2\n,b\n", "a.csv, line 3: repeats the header"),
@@ -423,10 +423,10 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     (
         "a.jsonl",
         '{"a": 1}\n{"a" 1}\n',
-        r"a.jsonl, line 2 is not JSON \(Expecting ':' delimiter at character 6\)",
+        r"a.jsonl, line 2 \(Expecting ':' delimiter at character 6\) is not JSON",
     ),
-    ("a.jsonl", '{"a": 1}{"a": 2}\n', r"line 1 is not JSON \(Extra data"),
-    ("a.jsonl", '{"a": "b\tc"}\n', r"line 1 is not JSON \(Invalid control character"),
+    ("a.jsonl", '{"a": 1}{"a": 2}\n', r"line 1 \(Extra data at character 9\) is not JSON"),
+    ("a.jsonl", '{"a": "b\tc"}\n', r"line 1 \(Invalid control character .*\) is not JSON"),
     ("a.jsonl", '{"a": 1, "b": 2, "a": 3}\n', "line 1 has the field 'a' twice in one object"),
     ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', "line 1 has the field 'b' twice"),
     ("a.jsonl", "[1, 2]\n{}\n", "line 1 holds a list; a record is an object"),
@@ -440,8 +440,16 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.json", "[]", "holds no record"),
     ("a.json", "7", "has no list"),
     ("a.json", '[{"a": 1},\n 5]', "a.json, line 2 holds a single value"),
-    ("a.json", '[{"a": 1},\n]', "a.json, line 2 is not JSON .Expecting value at character 1"),
-    ("a.json", '[{"a": 1}\n{"a": 1}]', "a.json, line 2 is not JSON .Expecting ',' at character 1"),
+    (
+        "a.json",
+        '[{"a": 1},\n]',
+        "a.json, line 2 .Expecting value at character 1 of the line. is not",
+    ),
+    (
+        "a.json",
+        '[{"a": 1}\n{"a": 1}]',
+        "a.json, line 2 .Expecting ',' at character 1 of the line. is not",
+    ),
     ("a.json", '[\n{"a": 1, "a": 1}]', "a.json, line 2 has the field 'a' twice"),
     ("a.json", "[" * 100_000, "line 1 is nested too deeply"),
     ("a.parquet", b"abc", "is not a parquet file"),
@@ -466,12 +474,13 @@ def test_an_object_without_a_list_is_one_record(tmp_path: Path) -> None:
 
 
 def test_all_broken_lines_are_told_and_counted_beyond_twenty(tmp_path: Path) -> None:
+    rows = "".join("1," * (3 + number) + "secret\n" for number in range(30))
     with pytest.raises(DataError) as caught:
-        read(tmp_path, "a.jsonl", "{secret\n" * 30)
+        read(tmp_path, "a.csv", f"a,b\n{rows}")
     told = str(caught.value).splitlines()
     assert told[0] == "30 faults in the data:"
     assert [line.partition(", ")[2].split()[1] for line in told[1:21]] == [
-        str(number) for number in range(1, 21)
+        f"{number}:" for number in range(2, 22)
     ]
     assert told[21:] == ["and 10 more"]
     assert "secret" not in str(caught.value)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from fluvial.data.faults import SHOWN, DataError, Faults
+from fluvial.data.faults import DataError, Faults
 from fluvial.data.readers import read_file
 from fluvial.data.reading import Reading
 from fluvial.data.rows import FaultyRowsError
@@ -61,7 +61,7 @@ def test_faults_of_several_files_of_several_kinds() -> None:
     assert lines[0] == "11 faults in the data:"
     assert fits(
         lines[1:],
-        "bern.jsonl, line 2 is not JSON",
+        "bern.jsonl, line 2 (Expecting ',' delimiter at character 18) is not JSON",
         "bern.jsonl, line 4: field 'completion' is missing",
         "lima.csv, line 3: has 1 cells, the header has 2",
         "lima.csv, line 4: the answer is empty",
@@ -174,9 +174,12 @@ def test_where_there_are_too_many_some_of_each_file_are_listed() -> None:
         Path(f"{name}.jsonl").write_text(f"{good}\n" + "[]\n" * wrong)
     lines = lines_of("--data", "bern.jsonl", "--data", "oslo.jsonl", "--data", "rome.jsonl")
     assert lines[0] == "82 faults in the data:"
-    assert [line[:4] for line in lines[1:-1]] == ["bern"] * 9 + ["oslo"] * 2 + ["rome"] * 9
-    assert lines[-1] == "and 62 more"
-    assert len(lines) - 2 == SHOWN
+    (line,) = lines[1:]
+    assert line.startswith("82 times: holds a list; a record is an object with named fields: ")
+    assert line.endswith(
+        ": bern.jsonl, lines 2, 3, 4, 5; oslo.jsonl, lines 2, 3; rome.jsonl, lines 2, 3, 4, 5; "
+        "and 72 more"
+    )
 
 
 def test_a_single_fault_is_no_list() -> None:

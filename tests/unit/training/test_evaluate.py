@@ -106,7 +106,7 @@ def test_malformed_record_is_named(tmp_path: Path, changes: dict[str, Any], prob
     ("text", "problem"),
     [
         ("\n\n", "holds no record .2 blank lines"),
-        ("{\n", "line 1 is not JSON"),
+        ("{\n", r"line 1 \(.*\) is not JSON"),
         ("[1]\n", "is one JSON document, not one record on each line"),
         ('{"a": 1}\n[1]\n', "line 2 holds a list"),
         ('{"id": "a", "id": "b"}\n', "line 1 has the field 'id' twice"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fluvial.data.examples import IGNORE_INDEX
-from fluvial.data.faults import DataError, Faults
+from fluvial.data.faults import Faults
 from fluvial.data.records import Record
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Tokenizing, refusal
@@ -107,7 +107,7 @@ def include_unfit(
         for facts in {each.source: each for each in (*parts, *heldout)}.values():
             found = tokenizing(facts.records())
             if found.faults.count:
-                faults[facts.source].include(DataError(found.faults.first, found.faults.count))
+                faults[facts.source].include_all(found.faults)
             if found.surplus.refused:
                 faults[facts.source].add(refusal(found.surplus, tokenizing, found.records, {}))
 

@@ -114,7 +114,7 @@ class DataFacts:
         reader = RecordReader(self.form, self.columns, "text" if self.numbers else "refuse")
         records = []
         for row in rows:
-            with faults.catch():
+            with faults.catch(row.place):
                 records.append(read_as(reader.read(row.place, row.cells), self.read_as))
 
         return records
