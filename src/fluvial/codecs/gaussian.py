@@ -126,8 +126,14 @@ class Blocks:
     def __init__(self, sizes: Sequence[int]) -> None:
         """Set the number of values of each block."""
         self.sizes = np.array(sizes, dtype=np.int64)
-        self._ends = np.cumsum(self.sizes)
-        self._spans = list(zip(self.sizes.tolist(), self._ends.tolist(), strict=True))
+
+    @cached_property
+    def _ends(self) -> Ints:
+        return cast(Ints, np.cumsum(self.sizes))
+
+    @cached_property
+    def _spans(self) -> list[tuple[int, int]]:
+        return list(zip(self.sizes.tolist(), self._ends.tolist(), strict=True))
 
     def encode(self, values: Reals, room: int) -> bytes:
         """Code `values` (sum of sizes,) into at most `room` bytes, with about the finest step that
@@ -226,11 +232,15 @@ class Blocks:
             middle = (low + high) // 2
             low, high = (
                 (middle, high)
-                if self._expected(loudness, middle) > 8 * (room - 7)
+                if self.expected_excess(loudness, middle, room) > 0
                 else (low, middle)
             )
 
         return high
+
+    def expected_excess(self, loudness: Doubles, step: int, room: int) -> float:
+        """Return the bits by which Gaussian blocks go beyond `room` bytes."""
+        return self._expected(loudness, step) - 8 * (room - self.least + 4)
 
     def slope(self, loudness: Doubles, step: int) -> float:
         """Return the bits that one code of the step is worth to Gaussian blocks."""

@@ -43,6 +43,12 @@ def test_frames_use_their_budget_and_no_more(rate: float) -> None:
         )
 
 
+def test_a_frame_of_few_bytes_still_carries_something() -> None:
+    update = lora(rank=4)
+    codec = powersgd(update, 700)
+    assert relative_error(update, codec.decode(codec.encode(update))) < 0.9
+
+
 def test_common_subspaces_are_found() -> None:
     for rank, most in ((1, 0.05), (2, 0.15), (4, 0.35)):
         update = lora(rank=rank)
