@@ -272,7 +272,10 @@ def test_a_file_is_read_in_the_only_way_of_the_run_that_fits(
     ("options", "words"),
     [
         ((), r"is no text of utf-8; .* add --set 'data\.encoding=\"cp1252\"'$"),
-        (("--site", "south"), "is no text of utf-8; .* add --site north, whose table fits the file"),
+        (
+            ("--site", "south"),
+            "is no text of utf-8; .* add --site north, whose table fits the file",
+        ),
         (("--site", "east"), "of the run has no such table; name one of north, south"),
     ],
 )
