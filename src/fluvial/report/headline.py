@@ -10,7 +10,7 @@ from fluvial.formatting import (
     safe_text,
 )
 from fluvial.report.axes import SCORES
-from fluvial.report.result_tables import COUNTED, of_the_chosen, verdict_of
+from fluvial.report.result_tables import COUNTED, UP, of_the_chosen, says, verdict_of
 from fluvial.runs.site_comparison import loss_of
 from fluvial.storage.run_files import JsonObject
 
@@ -66,23 +66,7 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
         },
     ]
 
-    if result.get("round_ratio") is not None:
-        up = result["bytes"]["up"]
-        sites = result["sites"]
-        found += [
-            {
-                "what": "updates, of uncompressed",
-                "value": human_ratio(result["round_ratio"]),
-                "note": f"{human_bytes(up / sites)} up per site in {result['rounds']} rounds"
-                + (f"; uncompressed: {words}" if (words := of_the_chosen(result)) else ""),
-            },
-            {
-                "what": "amortised, of uncompressed",
-                "value": human_ratio(result["amortised_ratio"]),
-                "note": COUNTED,
-            },
-        ]
-
+    found += _traffic(result)
     if result.get("leakage"):
         found.append(
             {
@@ -117,4 +101,24 @@ def tiles(run: JsonObject, score: str) -> list[dict[str, str]]:
             "note": f"{of_it}{human_bytes(result['peak_rss_bytes'])} of memory at most",
         }
     )
+    return found
+
+
+def _traffic(result: JsonObject) -> list[dict[str, str]]:
+    """Return the tiles of a run's bytes: its ratios, or the bytes alone where these say nothing."""
+    if result.get("round_ratio") is None:
+        return []
+
+    up = human_bytes(result["bytes"]["up"] / result["sites"])
+    rounds = f"in {result['rounds']} rounds"
+    alone = {**result, "compare": {}}
+    words = of_the_chosen(result)
+    found = [{"what": UP, "value": up, "note": rounds}]
+    if says("round_ratio", alone):
+        note = f"{up} up per site {rounds}{f'; uncompressed: {words}' if words else ''}"
+        ratio = human_ratio(result["round_ratio"])
+        found = [{"what": "updates, of uncompressed", "value": ratio, "note": note}]
+    if says("amortised_ratio", alone):
+        ratio = human_ratio(result["amortised_ratio"])
+        found.append({"what": "amortised, of uncompressed", "value": ratio, "note": COUNTED})
     return found

@@ -41,8 +41,12 @@ def run_name(result: JsonObject) -> str:
 ANSWER_SCORES = {"exact_match": "exact match", "f1": "token F1", "rouge_l": "ROUGE-L"}
 """Headings of the scores of greedy answers."""
 INTERVAL = "95 % interval"
-TRAFFIC = ("up per site", "round ratio", "amortised")
-"""Headings of what sites and server send; the time of these bytes follows."""
+UP = "up per site"
+"""Heading of what a site sends; ratios and the time of all bytes follow."""
+RATIOS = {"round ratio": "round_ratio", "amortised": "amortised_ratio"}
+"""Headings of the ratios to the bytes of uncompressed updates, with their keys in result.json."""
+SAVED = 0.995
+"""Ratio of bytes from which a run without a codec saves nothing."""
 COUNTED = "all bytes of training and set-up; held-out measures apart"
 """The bytes that amortised ratios count."""
 
@@ -71,7 +75,8 @@ def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
     headings += scores.values()
     if "exact_match" in scores:
         headings.insert(headings.index(scores["exact_match"]) + 1, INTERVAL)
-    rows = [[*headings, *TRAFFIC, rates.heading]]
+    ratios = [heading for heading, key in RATIOS.items() if says(key, result)]
+    rows = [[*headings, UP, *ratios, rates.heading]]
 
     for label, key, traffic in runs:
         values = heldout.get(key) or {}
@@ -91,14 +96,18 @@ def result_rows(result: JsonObject, rates: Rates = PLAIN) -> list[list[str]]:
         row += [
             human_bytes(traffic["bytes"]["up"] / traffic["sites"]) if "bytes" in traffic else "-"
         ]
-        row += [
-            human_ratio(traffic.get("round_ratio")),
-            human_ratio(traffic.get("amortised_ratio")),
-            _line_time(traffic, rates),
-        ]
-        rows.append(row)
+        row += [human_ratio(traffic.get(RATIOS[heading])) for heading in ratios]
+        rows.append([*row, _line_time(traffic, rates)])
 
     return rows
+
+
+def says(ratio: str, result: JsonObject) -> bool:
+    """Return whether a ratio of `RATIOS` says something: a run has it and a codec, or it or a
+    baseline saves bytes."""
+    values = [run.get(ratio) for run in (result, *result.get("compare", {}).values())]
+    is_coded = result.get("codec") not in (None, "identity") and values[0] is not None
+    return is_coded or any(value is not None and value < SAVED for value in values)
 
 
 def _independent(result: JsonObject) -> float:
@@ -135,14 +144,17 @@ def result_caption(
     """Return the meaning of the columns of `result_rows`, below each table of results, with the
     bytes of the held-out measures of `result`."""
     pooled = "; pooled: over all their label tokens, which is all that a central run has"
+    against = f"; round ratio: these against uncompressed updates{of_the_chosen(result)}"
+    amortised = (
+        " Amortised: all bytes of training and set-up, in both directions, against those of the "
+        "same run without compression."
+    )
     return (
         "Held-out values are means over the sites, each counting the same"
-        f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds; round "
-        f"ratio: these against uncompressed updates{of_the_chosen(result)}; local training only "
-        "reports its loss. "
-        "Amortised: all bytes of training and set-up, in both directions, against those of the "
-        f"same run without compression; held-out measures apart{_measure_words(result)}. "
-        f"{rates.words}"
+        f"{pooled if 'pooled loss' in headings else ''}. Up per site: bytes of all rounds"
+        f"{against if 'round ratio' in headings else ''}; local training only reports its loss."
+        f"{amortised if 'amortised' in headings else ''} Held-out measures are apart"
+        f"{_measure_words(result)}. {rates.words}"
     )
 
 
@@ -198,7 +210,7 @@ def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
         return Group(_columns(headings, rows, others, "Result", caption))
 
     answers = answers_caption(result) + too_long_words(result)
-    first = headings.index(TRAFFIC[0])
+    first = headings.index(UP)
     losses = [at for at in others if at < first]
     traffic = [at for at in others if at >= first]
     tables = [_columns(headings, rows, sorted(scores), "Greedy answers", answers)] if scores else []
