@@ -101,20 +101,21 @@ def _lines(made: "Exported") -> list[str]:
             f"vLLM          {shlex.join(['vllm', 'serve', path])}",
         ]
 
-    from fluvial.models.pretrained import EMBEDDED
-
     lines = [f"wrote {path}: a LoRA adapter of rank {made.rank}, with its card README.md"]
-    if made.base == EMBEDDED:
-        return [
-            *lines,
-            "its base is the model of the Fluvial package, which no hub has: `fluvial chat` and "
-            "`fluvial evaluate` load it; for other tools use --form merged",
+    base = made.base
+    if made.base_folder is None:
+        lines.append(f"PEFT  AutoPeftModelForCausalLM.from_pretrained({path!r})")
+    else:
+        base = shlex.quote(str(made.base_folder))
+        loaded = f"AutoModelForCausalLM.from_pretrained({str(made.base_folder)!r})"
+        lines += [
+            f"PEFT  PeftModel.from_pretrained({loaded}, {path!r})",
+            "      its base lies within it, since no hub has that; the card says more",
         ]
 
-    lines.append(f"PEFT  AutoPeftModelForCausalLM.from_pretrained({path!r})")
     if made.max_lora_rank is not None:
         lines.append(
-            f"vLLM  vllm serve {made.base} --enable-lora --max-lora-rank {made.max_lora_rank} "
+            f"vLLM  vllm serve {base} --enable-lora --max-lora-rank {made.max_lora_rank} "
             f"--lora-modules {shlex.quote(f'tuned={path}')}"
         )
     return lines

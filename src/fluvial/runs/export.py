@@ -23,10 +23,10 @@ from fluvial.models.export import with_equal_ranks
 from fluvial.models.fingerprints import fingerprints
 from fluvial.models.merging import MergeCheck, merge
 from fluvial.models.pool import ModelPool
-from fluvial.models.pretrained import EMBEDDED, HUB_ID
+from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig, source_of
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
-from fluvial.runs.model_card import Described, Form, base_name, model_card
+from fluvial.runs.model_card import BASE, Described, Form, base_name, model_card
 from fluvial.runs.site_weights import kept_by, read_run_of_sites, site_weights
 from fluvial.storage import exported, toml
 from fluvial.storage.files import writing
@@ -45,6 +45,10 @@ FORMS = ("peft", "merged", "gguf")
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 _WRITTEN_ANEW = ("README.md", exported.FILE, "adapter_config.json", "adapter_model.safetensors")
 _CARD_OF: dict[str, Form] = {"peft": "adapter", "merged": "merged", "model": "model"}
+_BASE_FILES = {
+    *("config.json", "generation_config.json", "model.safetensors"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's `--max-lora-rank` (vllm/config/lora.py of vLLM 0.27)."""
 GGUF = (
@@ -66,6 +70,11 @@ class Exported:
     """Rank of the adapter's factors; None for a model."""
     check: MergeCheck | None
     """Comparison of the merged model with base and adapter; None where nothing was merged."""
+
+    @property
+    def base_folder(self) -> Path | None:
+        """Return the folder of the base within an adapter's; None where a hub has the base."""
+        return self.folder / BASE if (self.folder / BASE).is_dir() else None
 
     @property
     def max_lora_rank(self) -> int | None:
@@ -127,6 +136,8 @@ def export_run(
                 check = _write_merged(draft, pool, adapter, config, dtype)
             elif adapter is not None:
                 rank = _write_adapter(draft, weights, name)
+                if name == EMBEDDED:
+                    _write_base(draft / BASE, settings.model)
             else:
                 _copy(weights, draft, all_but=("README.md", exported.FILE))
 
@@ -141,11 +152,18 @@ def export_run(
                 **({} if check is None else {"merged logits": _words(check)}),
             }
             paper = METHODS[config["method"]["name"]].paper if _known(config) else ""
-            card = model_card(
-                Described(
-                    config, run["result"], paper, _CARD_OF[form], name, name_sites, facts, site
-                )
+            described = Described(
+                config,
+                run["result"],
+                paper,
+                _CARD_OF[form],
+                name,
+                name_sites,
+                facts,
+                site,
+                base_within=(draft / BASE).is_dir(),
             )
+            card = model_card(described)
             (draft / "README.md").write_text(card, encoding="utf-8")
             _refuse_paths(draft, config, folder)
 
@@ -226,7 +244,7 @@ def _write_adapter(draft: Path, weights: Path, base: str | None) -> int:
     config = json.loads((weights / "adapter_config.json").read_text(encoding="utf-8"))
     config, factors = with_equal_ranks(config, load_file(weights / "adapter_model.safetensors"))
     save_file(factors, draft / "adapter_model.safetensors", metadata={"format": "pt"})
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"] = f"./{BASE}" if base == EMBEDDED else base
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
 
@@ -234,6 +252,14 @@ def _write_adapter(draft: Path, weights: Path, base: str | None) -> int:
     (draft / "adapter_config.json").write_text(text, encoding="utf-8")
     rank: int = config["r"]
     return rank
+
+
+def _write_base(folder: Path, config: ModelConfig) -> None:
+    """Write the base that comes with the package, which no hub has, for other programs."""
+    folder.mkdir()
+    for path in sorted(Path(source_of(config)).iterdir()):
+        if path.name in _BASE_FILES:
+            shutil.copyfile(path, folder / path.name)
 
 
 def _write_merged(

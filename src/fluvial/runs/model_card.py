@@ -31,6 +31,22 @@ SCORES = {
     "rouge_l": "ROUGE-L",
 }
 """Names of the measures, by their keys in result.json."""
+BASE = "base"
+"""Folder beside an exported adapter with its base, where no hub has that."""
+_LOADING = f"""The base model is the folder `{BASE}` within this one.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."  # the folder of this file
+base = AutoModelForCausalLM.from_pretrained(f"{{folder}}/{BASE}")
+model = PeftModel.from_pretrained(base, folder)
+tokenizer = AutoTokenizer.from_pretrained(f"{{folder}}/{BASE}")
+```
+
+`AutoPeftModelForCausalLM.from_pretrained(".")` loads both where this folder is the current
+directory, from which PEFT looks for the base."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,8 @@ class Described:
     """Further rows of the first table, such as digests, by their name."""
     site: str | None = None
     """Site whose own model this is; None for the model of all."""
+    base_within: bool = False
+    """True where the folder holds the base in its folder `BASE`."""
 
 
 def base_name(name_or_path: str) -> str | None:
@@ -141,6 +159,8 @@ def _text(run: Described, measured: list[list[list[str]]]) -> str:
         "## Evaluation",
         *_evaluation(run, measured),
     ]
+    if run.base_within:
+        paragraphs += ["## Loading", _LOADING]
     if run.form == "adapter":
         quantised = quantised_words(ModelConfig.model_validate(run.config.get("model", {})))
         paragraphs += [quantised.strip()] if quantised else []
