@@ -1,11 +1,12 @@
 """`fluvial evaluate`: measure an adapter or a model on records, questions, and tasks of lm-eval."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
+from click.core import ParameterSource
 
 from fluvial.cli.console import Format, Overrides, print_content
 from fluvial.cli.progress import spinner
@@ -15,11 +16,29 @@ if TYPE_CHECKING:
     from fluvial.training.generated import Metric
 
 ANSWERS: dict[str, Any] = {"rich_help_panel": "Generated answers"}
-DEFAULT_METRICS = "exact_match,f1,rouge"
 HARNESS: dict[str, Any] = {"rich_help_panel": "Tasks of lm-eval"}
+ONLY_WITH_CHOICES = {
+    "--shots",
+    "--shots-from",
+    "--scoring",
+    "--language",
+    "--benchmark",
+    "--subject-field",
+}
+ONLY_WITH_TASKS = {
+    "--num-fewshot",
+    "--limit",
+    "--include-path",
+    "--dataset",
+    "--apply-chat-template",
+    "--out",
+}
+ONLY_WITH_RECORDS = {"--site", "--generate", "--no-generate"}
+ONLY_WITH_ANSWERS = {"--max-new-tokens", "--metrics", "--answers", "--site-field"}
 
 
 def evaluate(
+    context: typer.Context,
     target: Annotated[
         str,
         typer.Argument(
@@ -53,7 +72,7 @@ def evaluate(
     ] = None,
     metrics: Annotated[
         str, typer.Option(help="Of exact_match, f1, rouge, bleu and chrf.", **ANSWERS)
-    ] = DEFAULT_METRICS,
+    ] = "exact_match,f1,rouge",
     answers_out: Annotated[
         Path | None,
         typer.Option(
@@ -141,44 +160,20 @@ def evaluate(
     them. Records are read as the run read its own: form, columns, encoding, template, max_length.
     --set 'data.form="text"' overrides.
     """
-    only_with_choices = {
-        "--shots": shots,
-        "--shots-from": shots_from,
-        "--scoring": scoring != "letter",
-        "--language": language != "auto",
-        "--benchmark": benchmark != "auto",
-        "--subject-field": subject_field != "subject",
-    }
+    given = _given(context)
     if choices is None:
-        _refuse(only_with_choices, "no questions are named; add --choices")
-
+        _refuse(given & ONLY_WITH_CHOICES, "no questions are named; add --choices")
     if limit == 0:
         raise ConfigError("--limit 0: would measure nothing; give a number of documents or a share")
-    only_with_tasks = {
-        "--num-fewshot": num_fewshot is not None,
-        "--limit": limit is not None,
-        "--include-path": include_path is not None,
-        "--dataset": dataset,
-        "--apply-chat-template": apply_chat_template,
-        "--batch-size": batch_size != 8 and data is None,
-        "--out": out is not None,
-    }
     if tasks is None:
-        _refuse(only_with_tasks, "no tasks of lm-eval are named; add --tasks")
-
-    only_with_answers = {
-        "--generate": generate and data is None,
-        "--no-generate": generate is False and data is None,
-        "--max-new-tokens": max_new_tokens is not None,
-        "--metrics": metrics != DEFAULT_METRICS,
-        "--answers": answers_out is not None,
-        "--site-field": site_field is not None,
-    }
+        _refuse(given & ONLY_WITH_TASKS, "no tasks of lm-eval are named; add --tasks")
     if data is None:
-        _refuse({"--site": site}, "no records are named; add --data")
-    if data is None or generate is False:
-        why = "--no-generate is given; remove it" if data else "no records are named; add --data"
-        _refuse(only_with_answers, why)
+        idle = given & (ONLY_WITH_RECORDS | ONLY_WITH_ANSWERS)
+        _refuse(idle, "no records are named; add --data")
+    if data is None and tasks is None:
+        _refuse(given & {"--batch-size"}, "no records or tasks are named; add --data or --tasks")
+    if generate is False:
+        _refuse(given & ONLY_WITH_ANSWERS, "--no-generate is given; remove it")
 
     with spinner("reading the weights"):
         from fluvial.runs.evaluation import (
@@ -260,11 +255,21 @@ def evaluate(
     print_content(measured, format, evaluation_tables)
 
 
-def _refuse(options: Mapping[str, Any], why: str) -> None:
-    """Raise `ConfigError` for those of `options` that were given, which have no effect."""
-    given = [option for option, value in options.items() if value]
-    if given:
-        raise ConfigError(f"{', '.join(given)}: without effect, because {why}")
+def _given(context: typer.Context) -> set[str]:
+    """Return the options on the command line, `--no-` ones as such."""
+    return {
+        parameter.secondary_opts[0]
+        if context.params[str(parameter.name)] is False and parameter.secondary_opts
+        else parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
+    }
+
+
+def _refuse(options: set[str], why: str) -> None:
+    """Raise `ConfigError` for options that were given and have no effect."""
+    if options:
+        raise ConfigError(f"{', '.join(sorted(options))}: without effect, because {why}")
 
 
 def _names(text: str, option: str, kind: str) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from fluvial.runs.run import Event, execute
 # The second of Ray's variables chooses its coming default, about which it warns otherwise.
 _QUIET = QUIET | {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 """Environment of the simulation without telemetry and warnings."""
+_Events = queue.SimpleQueue[Event | BaseException | None]
 
 
 def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterator[Event]:
@@ -47,7 +48,7 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
     from fluvial.site_process.site_file import Allowed, SiteFile
 
     names = _site_names(config)
-    events: queue.SimpleQueue[Event | BaseException | None] = queue.SimpleQueue()
+    events: _Events = queue.SimpleQueue()
     left = threading.Event()
     """Set when the caller has closed this generator; the run then ends with its round, because the
     process ends only after its threads."""
@@ -90,9 +91,31 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
             allow=allow,
         )
 
+    runner = threading.Thread(
+        target=run_simulation,
+        kwargs={
+            "server_app": server,
+            "client_app": client_app(find),
+            "num_supernodes": len(names),
+            "backend_config": _backend(config, len(names)),
+        },
+        daemon=True,
+    )
+    runner.start()
+
+    try:
+        yield from _arriving(events, runner)
+    finally:
+        left.set()
+
+    runner.join(timeout=60)
+
+
+def _backend(config: RunConfig, sites: int) -> dict[str, dict[str, float]]:
+    """Return the settings of Ray: as many sites at a time as the run would train together."""
     workers = concurrency(config.fleet)
-    together = config.method.together(len(names))
-    backend: dict[str, dict[str, float]] = {
+    together = config.method.together(sites)
+    return {
         "init_args": {
             "num_cpus": workers,
             "log_to_driver": False,
@@ -100,41 +123,28 @@ def simulate(config: RunConfig, folder: Path, *, resume: bool = False) -> Iterat
         },
         "client_resources": {"num_cpus": min(1.0, workers / together), "num_gpus": 0.0},
     }
-    runner = threading.Thread(
-        target=run_simulation,
-        kwargs={
-            "server_app": server,
-            "client_app": client_app(find),
-            "num_supernodes": len(names),
-            "backend_config": backend,
-        },
-        daemon=True,
-    )
-    runner.start()
 
-    try:
-        while True:
-            try:
-                event = events.get(timeout=1.0)
-            except queue.Empty:
-                if not runner.is_alive():
-                    raise ConfigError(
-                        "Flower's simulation ended without a result; -v shows its log"
-                    ) from None
 
-                continue
+def _arriving(events: _Events, runner: threading.Thread) -> Iterator[Event]:
+    """Yield the events of a simulation that runs in a thread, up to None; raise what it raised."""
+    while True:
+        try:
+            event = events.get(timeout=1.0)
+        except queue.Empty:
+            if not runner.is_alive():
+                raise ConfigError(
+                    "Flower's simulation ended without a result; -v shows its log"
+                ) from None
 
-            if event is None:
-                break
-            if isinstance(event, BaseException):
-                runner.join(timeout=30)
-                raise event
+            continue
 
-            yield event
-    finally:
-        left.set()
+        if event is None:
+            break
+        if isinstance(event, BaseException):
+            runner.join(timeout=30)
+            raise event
 
-    runner.join(timeout=60)
+        yield event
 
 
 def _site_names(config: RunConfig) -> tuple[str, ...]:

@@ -122,8 +122,7 @@ def _content(run: JsonObject) -> JsonObject:
     runs = [each for each in (*others, own) if each.metrics]
     score = score_of(runs)
     setup = setup_of(run)
-    refused = run.get("refused") or {}
-    gate = setup.get("gate") or refused.get("gate")
+    gate = setup.get("gate") or (run.get("refused") or {}).get("gate")
     blocks = block_schedule(metrics, cycles=figures.CYCLES, sites=figures.SITES)
     missing = failures(metrics)
     rates = Rates.of(config)
@@ -158,42 +157,15 @@ def _content(run: JsonObject) -> JsonObject:
         "axes": _axes(runs, score),
         "runs": legend([(each.name, each.colour) for each in runs]),
         "maps": _maps(result or {}),
-        "figures": {
-            "losses": figures.losses_by_site(own, others),
-            "scores": figures.scores_by_site(own, others, score),
-            "kinds": figures.bytes_by_kind(runs),
-            "sent": figures.bytes_by_site(own, unequal=UNEQUAL),
-            "snr": figures.snr_by_round(metrics),
-            "rates": figures.rate_by_round(metrics),
-            "gate": figures.gate_errors(gate) if gate else "",
-            "epsilon": figures.epsilon_by_round(metrics),
-            "read": figures.tokens_read(result["leakage"])
-            if result and result.get("leakage")
-            else "",
-            "errors": figures.prediction_errors(metrics),
-            "ranks": figures.ranks_by_site(setup["plans"]) if setup.get("plans") else "",
-            "budget": figures.budget_trials(setup["budget"]) if setup.get("budget") else "",
-            "schedule": figures.schedule_grid(metrics, setup),
-        },
+        "figures": _figures(own, others, setup, score, gate),
         "score": SCORES[score].capitalize(),
         "schedule": f"{blocks.words} A stronger colour is a later block." if blocks else "",
         "privacy": _privacy(result or {}),
         "gate": gate,
         "snapshots": setup.get("snapshots"),
-        "measures": {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None}
-        if gate
-        else {},
+        "measures": _measures(gate) if gate else {},
         "criteria": _criteria(gate) if gate else [],
-        "samples": [
-            {
-                "prompt": safe_text(sample["prompt"]),
-                "base": shown_answer(sample["base"]),
-                "final": shown_answer(sample["final"]),
-                "right": shown_answer(sample["right"]) if "right" in sample else None,
-                "words": sample_words(sample),
-            }
-            for sample in (result or {}).get("samples", [])
-        ],
+        "samples": [_sample(sample) for sample in (result or {}).get("samples", [])],
         "excerpts": [excerpt for excerpt in excerpts if excerpt],
         "failures": [{**failure, "reason": safe_text(failure["reason"])} for failure in missing],
         "missing": _missing(missing),
@@ -203,6 +175,46 @@ def _content(run: JsonObject) -> JsonObject:
         if result
         else {},
         "sha256": (result or {}).get("adapter_sha256") or (result or {}).get("model_sha256"),
+    }
+
+
+def _figures(
+    own: Run, others: Sequence[Run], setup: JsonObject, score: str, gate: JsonObject | None
+) -> dict[str, str]:
+    """Return the charts by the names of the template; empty where there is nothing to draw."""
+    metrics = own.metrics
+    leakage = (own.result or {}).get("leakage")
+
+    return {
+        "losses": figures.losses_by_site(own, others),
+        "scores": figures.scores_by_site(own, others, score),
+        "kinds": figures.bytes_by_kind([each for each in (*others, own) if each.metrics]),
+        "sent": figures.bytes_by_site(own, unequal=UNEQUAL),
+        "snr": figures.snr_by_round(metrics),
+        "rates": figures.rate_by_round(metrics),
+        "gate": figures.gate_errors(gate) if gate else "",
+        "epsilon": figures.epsilon_by_round(metrics),
+        "read": figures.tokens_read(leakage) if leakage else "",
+        "errors": figures.prediction_errors(metrics),
+        "ranks": figures.ranks_by_site(setup["plans"]) if setup.get("plans") else "",
+        "budget": figures.budget_trials(setup["budget"]) if setup.get("budget") else "",
+        "schedule": figures.schedule_grid(metrics, setup),
+    }
+
+
+def _measures(gate: JsonObject) -> JsonObject:
+    """Return what the gate measured, by its words."""
+    return {what: gate[key] for key, what in MEASURES.items() if gate[key] is not None}
+
+
+def _sample(sample: JsonObject) -> JsonObject:
+    """Return a prompt and its answers as they are shown."""
+    return {
+        "prompt": safe_text(sample["prompt"]),
+        "base": shown_answer(sample["base"]),
+        "final": shown_answer(sample["final"]),
+        "right": shown_answer(sample["right"]) if "right" in sample else None,
+        "words": sample_words(sample),
     }
 
 
