@@ -28,6 +28,7 @@ from fluvial.models.export import save_adapter, save_whole
 from fluvial.models.generation import AT_ONCE, continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, weights_folder
+from fluvial.models.miniature import check_packing_of_miniature
 from fluvial.models.outline import Outline
 from fluvial.models.part_tuning import PartTuning, Tuning, adapt_parts, tunes_weights
 from fluvial.models.parts import PartPool
@@ -182,7 +183,12 @@ class ModelPool:
             return end_remarks(model, tokenizer.eos_token_id, str(tokenizer.eos_token))
 
     def check_packing(self, assignment: Assignment | None = None) -> None:
-        """Load the base, and raise `ConfigError` if packed records would read each other."""
+        """Load the base, and raise `ConfigError` if packed records would read each other.
+
+        A miniature of its architecture is tried first, as `fluvial check` does: weights may be so
+        small that what a record reads of another one is below the tolerance.
+        """
+        check_packing_of_miniature(self.config)
         with self.model(self.base_state(), assignment=assignment) as model:
             check_packing(model, self.config.name_or_path)
 

@@ -1,5 +1,6 @@
 """Small random models of a base's architecture: what a base refuses is told without its weights."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,14 @@ import torch
 
 from fluvial.errors import ConfigError
 from fluvial.models import miniature as module
+from fluvial.models.behaviour import check_packing
 from fluvial.models.miniature import check_packing_of_miniature, miniature
+from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
+from fluvial.models.targets import LoraSettings
 from fluvial.runs.config import parse
 from fluvial.runs.plan import plan
+from tests.conftest import saved_model
 from tests.support.model_kinds import save_kind
 
 
@@ -45,6 +50,33 @@ def test_packing_that_a_base_cannot_have_is_refused_without_its_weights(
 ) -> None:
     with pytest.raises(ConfigError, match="lets a packed record read the one before it"):
         check_packing_of_miniature(folder_of(kind, tmp_path))
+
+
+@pytest.mark.parametrize("layers", [["conv", "full_attention"], ["full_attention", "conv"]])
+def test_a_run_refuses_what_check_refuses(
+    layers: list[str], tokenizer: Any, tmp_path: Path
+) -> None:
+    """Convolutions read the record before, also where weights are so small that nothing shows."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    settings = Lfm2Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+    )
+    folder = str(saved_model(Lfm2ForCausalLM, settings, tmp_path / "lfm2"))
+    config = ModelConfig(name_or_path=folder, device="cpu")
+    pool = ModelPool(config, LoraSettings(r=2, target_modules="attention"))
+    with pool.model(pool.base_state()) as model:
+        check_packing(model, folder)  # the weights alone do not tell
+    for check in (partial(check_packing_of_miniature, config), pool.check_packing):
+        with pytest.raises(ConfigError, match="lets a packed record read the one before it"):
+            check()
 
 
 def test_a_base_without_a_miniature_is_not_judged(tmp_path: Path) -> None:
