@@ -43,6 +43,7 @@ def test_scores_of_a_run_are_those_of_plain_generation(
     texts = SiteTexts(config.data, pool.tokenizer, seed=config.seed)
     states = {"base": pool.base_state(), "final": adapter_of(result)}
     total = dict.fromkeys(states, AnswerSums())
+    without_end = dict.fromkeys(states, 0)
 
     for site in texts.names:
         questions = texts.load(site).questions
@@ -51,6 +52,7 @@ def test_scores_of_a_run_are_those_of_plain_generation(
             answers = pool.generate(state, prompts, max_new_tokens=NEW_TOKENS)
             sums = AnswerSums.over(answers, questions)
             total[name] += sums
+            without_end[name] += sum(answer.cut for answer in answers)
             row = result["heldout_by_site"][site][name]
             assert {key: row[key] for key in SCORES} == sums.means(len(questions))
 
@@ -58,6 +60,7 @@ def test_scores_of_a_run_are_those_of_plain_generation(
         row = result["heldout_pooled"][name]
         assert {key: row[key] for key in SCORES} == sums.means(sums.questions)
     assert total["final"].f1 > total["base"].f1
+    assert result["answers_without_end"] == without_end["final"] < without_end["base"]
 
 
 def test_lines_about_progress_name_the_model_whose_answers_are_written(

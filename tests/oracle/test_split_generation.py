@@ -167,6 +167,7 @@ def test_a_site_answers_prompts_of_text_as_the_whole_model_does() -> None:
                 got.append(stopped.value)
 
     assert got == wanted
+    assert [answer.cut for answer in got] == [answer.cut for answer in wanted]
 
 
 def test_sessions_of_one_part_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def measured(_site: str, reply: Payload, *, answers: bool) -> tuple[Heldout, Ans
         rouge_2=reply.whole("rouge_2", 0, most),
         rouge_l=reply.whole("rouge_l", 0, most),
         too_long=reply.whole("too_long", 0, questions),
+        without_end=reply.whole("without_end", 0, questions),
     )
 
     return heldout_of(reply), scores

@@ -10,6 +10,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,6 +29,19 @@ SHORT = 8
 """New tokens up to which whole sequences are computed again, without keys and values."""
 
 
+class Continuation(str):
+    """A continuation of a prompt, without the prompt and special tokens."""
+
+    cut: bool
+    """True where the number of tokens that was asked for ended it, and no end token."""
+
+    def __new__(cls, text: str, *, cut: bool) -> Self:
+        """Return a text that knows whether it was cut."""
+        made = super().__new__(cls, text)
+        made.cut = cut
+        return made
+
+
 @torch.no_grad()
 def continuations(
     model: PreTrainedModel,
@@ -38,7 +52,7 @@ def continuations(
     context: int | None = None,
     at_once: int = AT_ONCE,
     of: str = "the model",
-) -> list[str]:
+) -> list[Continuation]:
     """Return a greedy continuation of each prompt, without the prompt and special tokens.
 
     It ends where the model's `context` ends; that of a prompt that fills it is empty. With the same
@@ -74,9 +88,12 @@ def continuations(
                 logged_s = time.monotonic()
                 logger.info("greedy answers of %s: %d of %d", of, len(new), len(prompts))
 
+    written = [new.get(number, []) for number in range(len(prompts))]
     return [
-        tokenizer.decode(new.get(number, []), skip_special_tokens=True)
-        for number in range(len(prompts))
+        Continuation(
+            tokenizer.decode(tokens, skip_special_tokens=True), cut=len(tokens) == max_new_tokens
+        )
+        for tokens in written
     ]
 
 

@@ -25,7 +25,7 @@ from fluvial.models.behaviour import check_behaviour, check_packing
 from fluvial.models.encoding import Prompt
 from fluvial.models.end_token import end_remarks
 from fluvial.models.export import save_adapter, save_whole
-from fluvial.models.generation import AT_ONCE, continuations
+from fluvial.models.generation import AT_ONCE, Continuation, continuations
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base, weights_folder
 from fluvial.models.miniature import check_packing_of_miniature
@@ -375,7 +375,7 @@ class ModelPool:
         assignment: Assignment | None = None,
         at_once: int = AT_ONCE,
         of: str = "the model",
-    ) -> list[str]:
+    ) -> list[Continuation]:
         """Return greedy continuations of `prompts`, without the prompts and special tokens.
 
         Lines about progress name the model as `of`.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fluvial.errors import ConfigError, WireError
 from fluvial.models.encoding import Encoder, Prompt
+from fluvial.models.generation import Continuation
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.layer_lists import text_config
 from fluvial.models.span_cache import SpanCache
@@ -32,7 +33,7 @@ class SiteGeneration:
         self._tokenizer = tokenizer
         self._max_new_tokens = max_new_tokens
 
-    def answer(self, prompt: Prompt) -> Generator[Tensor, Tensor, str]:
+    def answer(self, prompt: Prompt) -> Generator[Tensor, Tensor, Continuation]:
         """Yield A's hidden states and take B's; return the continuation of `prompt` as text.
 
         It has neither the prompt nor special tokens, as that of `continuations`.
@@ -43,7 +44,7 @@ class SiteGeneration:
             self._part, tokens, max_new_tokens=self._max_new_tokens, eos_token_id=eos
         )
         text: str = self._tokenizer.decode(new, skip_special_tokens=True)
-        return text
+        return Continuation(text, cut=bool(new) and new[-1] != eos)
 
 
 def generate(

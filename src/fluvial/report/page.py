@@ -30,6 +30,7 @@ from fluvial.report.result_tables import (
     INTERVAL,
     answers_caption,
     cut_words,
+    endless_words,
     result_caption,
     result_rows,
     run_name,
@@ -255,7 +256,8 @@ def _caption(result: JsonObject, config: JsonObject, columns: str) -> str:
     """Return the meaning of the columns of the result tables, and remarks on what they measure."""
     scored = "exact_match" in (result["heldout"].get("final") or {})
     answers = f" {answers_caption(result)}" if scored else ""
-    return columns + answers + cut_words(config) + too_long_words(result)
+    notes = (cut_words(config), too_long_words(result), endless_words(result))
+    return columns + answers + "".join(notes)
 
 
 def _axes(runs: Sequence[Run], score: str) -> list[JsonObject]:

@@ -45,6 +45,8 @@ UP = "up per site"
 """Heading of what a site sends; ratios and the time of all bytes follow."""
 RATIOS = {"round ratio": "round_ratio", "amortised": "amortised_ratio"}
 """Headings of the ratios to the bytes of uncompressed updates, with their keys in result.json."""
+ENDLESS = 0.2
+"""Share of answers without an end up to which they are not remarked: ours."""
 SAVED = 0.995
 """Ratio of bytes from which a run without a codec saves nothing."""
 COUNTED = "all bytes of training and set-up; held-out measures apart"
@@ -209,7 +211,7 @@ def result_table(result: JsonObject, config: JsonObject) -> RenderableType:
     if not scores and "pooled loss" not in headings:
         return Group(_columns(headings, rows, others, "Result", caption))
 
-    answers = answers_caption(result) + too_long_words(result)
+    answers = answers_caption(result) + too_long_words(result) + endless_words(result)
     first = headings.index(UP)
     losses = [at for at in others if at < first]
     traffic = [at for at in others if at >= first]
@@ -326,6 +328,19 @@ def too_long_words(result: JsonObject) -> str:
     return (
         f" {count} of {result['questions']} prompts are too long for evaluate.max_new_tokens more "
         "in the model's context; their answers are shorter or empty."
+    )
+
+
+def endless_words(result: JsonObject) -> str:
+    """Return a sentence on answers without an end, with the remedy, "" where they are few."""
+    count = result.get("answers_without_end") or 0
+    asked = result.get("questions") or 0
+    if count <= ENDLESS * asked:
+        return ""
+    return (
+        f" {count} of {asked} answers ({percent(count / asked)}) of the final model do not end: "
+        "they stop at evaluate.max_new_tokens. Raise it where right answers are longer; else the "
+        "model has not learned to end them: train longer, or take a base that ends its answers."
     )
 
 

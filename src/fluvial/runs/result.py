@@ -68,6 +68,7 @@ def result_of(
         },
         "questions": final.answers.questions,
         "questions_too_long": final.answers.too_long,
+        "answers_without_end": final.answers.without_end,
         "right_answers": right_answers,
         "overlap": _overlap(texts, list(final.by_site)),
         "heldout_by_site": {

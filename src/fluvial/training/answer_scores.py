@@ -40,6 +40,8 @@ class AnswerSums:
     too_long: int = 0
     """Questions whose prompt leaves less of the model's context than was asked for, so that their
     answers are shorter or empty."""
+    without_end: int = 0
+    """Answers that stop at the number of tokens that was asked for, without an end token."""
 
     @classmethod
     def of(cls, answer: str, references: Sequence[str]) -> Self:
@@ -87,6 +89,7 @@ class AnswerSums:
             rouge_2=self.rouge_2 + other.rouge_2,
             rouge_l=self.rouge_l + other.rouge_l,
             too_long=self.too_long + other.too_long,
+            without_end=self.without_end + other.without_end,
         )
 
     def means(self, questions: int) -> dict[str, float]:

@@ -16,7 +16,7 @@ HELDOUT = Heldout(12.5, 3, 8)
 SCORES = (
     AnswerSums.of("red hat", ["red big hat"])
     + AnswerSums.of("hat", ["hat"])
-    + AnswerSums(too_long=1)
+    + AnswerSums(too_long=1, without_end=2)
 )
 
 
@@ -49,6 +49,8 @@ def test_scores_that_were_not_asked_for_are_refused() -> None:
         {"rouge_l": 0.5},
         {"too_long": -1},
         {"too_long": 3},
+        {"without_end": 3},
+        {"without_end": True},
         {"answer": "text of the site"},
     ],
 )

@@ -402,6 +402,7 @@ def test_an_answer_ends_where_the_context_ends(tiny_gpt2_model: Path) -> None:
         pool.generate({}, [near], max_new_tokens=context - len(encoder.prompt(near)))[0],
         "",
     ]
+    assert not any(answer.cut for answer in answers)  # what ends them is the context
 
 
 def test_generate_is_greedy_and_leaves_the_prompt_out(pool: ModelPool) -> None:
@@ -421,6 +422,7 @@ def test_generate_is_greedy_and_leaves_the_prompt_out(pool: ModelPool) -> None:
             tokens = torch.cat([tokens, following], dim=1)
 
     assert answers[0] == pool.tokenizer.decode(expected, skip_special_tokens=True)
+    assert answers[0].cut == (pool.tokenizer.eos_token_id not in expected)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder, Prompt
-from fluvial.models.generation import count_too_long, room_after
+from fluvial.models.generation import Continuation, count_too_long, room_after
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration, has_cache
 from fluvial.training.answer_scores import AnswerSums
@@ -52,7 +52,8 @@ def evaluate(site: Site, message: Payload) -> Talk:
     scores = AnswerSums.over(answers, data.questions, of)
     pool = site.pool
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
-    return measures(sums, replace(scores, too_long=too_long))
+    without_end = sum(answer.cut for answer in answers)
+    return measures(sums, replace(scores, too_long=too_long, without_end=without_end))
 
 
 def sample(site: Site, message: Payload) -> Talk:
@@ -108,7 +109,7 @@ class WholeModel:
 
     def answers(
         self, prompts: Sequence[Prompt], new_tokens: int
-    ) -> Generator[Payload, Payload, list[str]]:
+    ) -> Generator[Payload, Payload, list[Continuation]]:
         """Return greedy continuations of `prompts`, one after another.
 
         They end where the model's context ends; that of a prompt that fills it is empty.
@@ -122,7 +123,7 @@ class WholeModel:
         for prompt in prompts:
             room = room_after(encoder.asked(prompt), new_tokens, context)
             if not room:
-                answers.append("")
+                answers.append(Continuation("", cut=False))
                 continue
 
             if cached:
@@ -130,29 +131,33 @@ class WholeModel:
                 answer = yield from self._answer(generation.answer(prompt))
             else:
                 answer = yield from self._answer_without_cache(encoder.asked(prompt), room)
-            answers.append(answer)
+            answers.append(Continuation(answer, cut=answer.cut and room == new_tokens))
 
         return answers
 
     def _answer_without_cache(
         self, prompt: Sequence[int], new_tokens: int
-    ) -> Generator[Payload, Payload, str]:
+    ) -> Generator[Payload, Payload, Continuation]:
         """Return the continuation of `prompt` by a model whose layers keep other states than keys
         and values: all tokens go through again for each new one."""
         tokenizer = self.site.pool.tokenizer
         tokens = list(prompt)
+        cut = True
 
         while len(tokens) < len(prompt) + new_tokens:
             ids = torch.tensor([tokens], device=self.part.device)
             logits = yield from self._logits(ids, torch.ones_like(ids))
             tokens.append(int(logits[0, -1].argmax()))
             if tokens[-1] == tokenizer.eos_token_id:
+                cut = False
                 break
 
         text: str = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
-        return text
+        return Continuation(text, cut=cut)
 
-    def _answer(self, steps: Generator[Tensor, Tensor, str]) -> Generator[Payload, Payload, str]:
+    def _answer(
+        self, steps: Generator[Tensor, Tensor, Continuation]
+    ) -> Generator[Payload, Payload, Continuation]:
         """Return what `steps` return, whose hidden states are exchanged with the server."""
         begins = True
         try:
@@ -165,8 +170,8 @@ class WholeModel:
                 hidden = steps.send(rows[None])
                 begins = False
         except StopIteration as end:
-            text: str = end.value
-            return text
+            answer: Continuation = end.value
+            return answer
         finally:
             steps.close()
 
