@@ -49,10 +49,10 @@ class PowerSgd(Codec):
     one shape, and of one LoRA target and factor, are stacked. Right factors times singular value,
     and then Z, are quantised with one step for everything; Q is the QR of what is decoded. ||X - Z^
     Q'||^2 = ||X||^2 - ||X Q||^2 + ||X Q - Z^||^2, so coding contracts. Body: the rank of every
-    stack (u16), then `Blocks` with a block for each column, right factors first.
+    stack, in Elias gamma code, then `Blocks` with a block for each column, right factors first.
     """
 
-    code: ClassVar[int] = 17
+    code: ClassVar[int] = 24
     fills: ClassVar[bool] = False
     settings: PowerSgdSettings
 
@@ -78,22 +78,21 @@ class PowerSgd(Codec):
         assert isinstance(settings, PowerSgdSettings)
         sizes = zip(layout.shapes, layout.sizes, strict=True)
         stacks = {_key(name, shape) for (name, shape), size in sizes if size}
-        return frame_room(layout, settings, least=2 * len(stacks) + Blocks.least)
+        return frame_room(layout, settings, least=len(_to_bits([0] * len(stacks))) + Blocks.least)
 
     def body(self, vector: Tensor, seed: int) -> bytes:  # noqa: ARG002 - nothing is drawn
         """Code the flattened update (numel,); see `Codec.body`."""
         spectra = [_Spectrum.of(stack.taken_from(vector)) for stack in self._stacks]
-        room = self._room - 2 * len(spectra)
-        audible, step = _Search(spectra, room).steps()
+        audible, step = _Search(spectra, self._room).steps()
 
         stride = 1
 
         while True:
             ranks, blocks, values = _sent(spectra, step, audible)
-            data = blocks.encode_at(values, step)
-            excess = 8 * (len(data) - room)
+            data = _to_bits(ranks) + blocks.encode_at(values, step)
+            excess = 8 * (len(data) - self._room)
             if excess <= 0:
-                return np.array(ranks, dtype="<u2").tobytes() + data
+                return data
             further = math.ceil(excess / blocks.slope(blocks.loudness(values), step))
             step = min(step + max(further, stride), COARSEST)
             audible = min(audible + stride - 1, COARSEST)
@@ -101,11 +100,7 @@ class PowerSgd(Codec):
 
     def parse(self, reader: Reader) -> Tensor:
         """Decode a body into a vector (numel,); see `Codec.parse`."""
-        ranks = reader.array("u2", len(self._stacks)).astype(np.int64).tolist()
-        for rank, stack in zip(ranks, self._stacks, strict=True):
-            if rank > min(stack.rows, stack.features):
-                raise WireError(f"frame: rank {rank} of a stack {(stack.rows, stack.features)}")
-
+        ranks = _from_bits(reader, [min(each.rows, each.features) for each in self._stacks])
         rows = [stack.rows for stack in self._stacks]
         features = [stack.features for stack in self._stacks]
         values = torch.from_numpy(
@@ -134,6 +129,40 @@ def _key(name: str, shape: tuple[int, ...]) -> object:
 def _sizes(lengths: Sequence[int], ranks: Sequence[int]) -> list[int]:
     """Return the lengths of all columns."""
     return [length for length, rank in zip(lengths, ranks, strict=True) for _ in range(rank)]
+
+
+def _to_bits(ranks: Sequence[int]) -> bytes:
+    """Return ranks in the gamma code of Elias (1975), which has 1 bit for 0 and 3 for 1 and 2."""
+    bits = "".join(f"{rank + 1:b}".zfill(2 * (rank + 1).bit_length() - 1) for rank in ranks)
+    size = -(-len(bits) // 8)
+    return int("0" + bits.ljust(8 * size, "0"), 2).to_bytes(size, "big")
+
+
+def _from_bits(reader: Reader, limits: Sequence[int]) -> list[int]:
+    """Return what `_to_bits` wrote; raises `WireError` for a rank above its limit."""
+    bits = ""
+
+    def take(count: int) -> str:
+        nonlocal bits
+        while len(bits) < count:
+            bits += f"{reader.take(1)[0]:08b}"
+        taken, bits = bits[:count], bits[count:]
+        return taken
+
+    ranks = []
+    for limit in limits:
+        zeros = 0
+        while zeros <= limit.bit_length() and take(1) == "0":
+            zeros += 1
+        rank = int("1" + take(zeros), 2) - 1
+        if rank > limit:
+            raise WireError(f"frame: rank {rank} of a stack whose rank is at most {limit}")
+        ranks.append(rank)
+
+    if "1" in bits:
+        raise WireError("frame: more ranks than stacks")
+
+    return ranks
 
 
 # -- matrices -------------------------------------------------------------------------------------
@@ -266,7 +295,7 @@ class _Search:
     """
 
     def __init__(self, spectra: Sequence[_Spectrum], room: int) -> None:
-        """Set the room of all columns, in bytes."""
+        """Set the room of a body, in bytes."""
         self._spectra = spectra
         self._room = room
         ranks = [len(each.values) for each in spectra]
@@ -296,9 +325,9 @@ class _Search:
     def _measure(self, audible: int) -> tuple[Callable[[int], float], float]:
         """Return the bits beyond the room by step of the columns as sent at `audible`, and how many
         more these are there than of Gaussian columns."""
-        _, blocks, values = _sent(self._spectra, audible, audible)
-        loudness = blocks.loudness(values)
-        excess = partial(blocks.excess, values, room=self._room, loudness=loudness)
+        ranks, blocks, values = _sent(self._spectra, audible, audible)
+        room = self._room - len(_to_bits(ranks))
+        excess = partial(blocks.excess, values, room=room, loudness=blocks.loudness(values))
         return excess, excess(audible) - self._expected(audible, audible)
 
     def _finest(self, low: int, more: float, audible: int | None = None) -> int:
@@ -315,7 +344,8 @@ class _Search:
         sent = self._rights >= _least(audible)
         blocks = Blocks([*self._features[sent], *self._rows[sent]])
         loudness = np.concatenate([self._rights[sent], self._lefts[sent]])
-        return blocks.expected_excess(loudness, step, self._room)
+        ranks = [each.rank(audible) for each in self._spectra]
+        return blocks.expected_excess(loudness, step, self._room - len(_to_bits(ranks)))
 
 
 def _lowest(fits: Callable[[int], bool], low: int, high: int, close: int = 1) -> int:

@@ -105,8 +105,12 @@ def test_frames_that_lie_are_refused_or_harmless() -> None:
             refused += 1
 
     assert refused > 50
-    with pytest.raises(WireError, match="rank"):
-        codec.decode(seal(codec.code, codec.fingerprint, b"\xff\xff" + body[2:]))
+    for ranks, reason in (
+        (b"\x00\x00", "whose rank is at most"),
+        (b"\xff\xff", "more ranks than stacks"),
+    ):
+        with pytest.raises(WireError, match=reason):
+            codec.decode(seal(codec.code, codec.fingerprint, ranks + body[2:]))
 
 
 def test_a_rate_without_room_is_refused() -> None:
