@@ -174,12 +174,13 @@ class ModelPool:
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
 
-    def end_remarks(self) -> list[str]:
+    def end_remarks(self, assignment: Assignment | None = None) -> list[str]:
         """Return remarks on the end token of a base that a new adapter tunes, see `end_token`."""
         if not isinstance(self.tuning, LoraSettings):
             return []
         tokenizer = self.tokenizer
-        with self.model(self.base_state()) as model:
+        layout = self.layout if assignment is None else assignment.layout
+        with self.model(base_state(layout), assignment=assignment) as model:
             return end_remarks(model, tokenizer.eos_token_id, str(tokenizer.eos_token))
 
     def check_packing(self, assignment: Assignment | None = None) -> None:

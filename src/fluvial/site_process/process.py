@@ -27,6 +27,7 @@ from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.federation.sites import Site
 from fluvial.federation.talk import conversed, only_answer
 from fluvial.federation.transfers import Transfers
+from fluvial.models.assignment import Assignment
 from fluvial.models.fingerprints import fingerprints
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
@@ -185,7 +186,7 @@ class SiteProcess:
         texts = self._records(local, pool)
         if not _is_private_at_site(config):
             _ = texts.pooled() if config.entry.traits.pooled else texts.load(name)
-        for note in texts.notes:
+        for note in (*texts.notes, *pool.end_remarks(self._held(local, pool))):
             logger.warning("%s", note)
 
         known = Journal(folder, name).begun
@@ -236,12 +237,16 @@ class SiteProcess:
         if key not in self._pools:
             self._pools = {}  # one base at a time
             pool = ModelPool(config.model, config.adapter)
-            held = config.entry.held(config.method, pool, self._name(config), self.site.memory_mb)
+            held = self._held(config, pool)
             pool.load(held)
             if config.data.packing and not pool.full:  # else the server checks the whole model
                 pool.check_packing(held)
             self._pools[key] = pool
         return self._pools[key]
+
+    def _held(self, config: RunConfig, pool: ModelPool) -> Assignment | None:
+        """Return what the method has this site hold; None for the run's own assignment."""
+        return config.entry.held(config.method, pool, self._name(config), self.site.memory_mb)
 
     def _load_codecs(self, config: RunConfig, pool: ModelPool) -> None:
         """Load what codes both ways, once, so that processes forked from this one have it."""

@@ -563,6 +563,17 @@ def test_a_site_that_has_no_records_says_so_at_the_start(
         join(process, table)
 
 
+def test_the_log_of_a_site_says_that_its_model_cannot_end_an_answer(
+    table: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("fluvial.models.end_token.NEAR", 100.0)  # as if all rows were alike
+    join(SiteProcess(site_file(tmp_path)), table)
+    assert caplog.text.count("the end of an answer was never trained in this model") == 1
+
+
 def test_threads_are_those_of_the_run(
     table: dict[str, Any], pool: ModelPool, tmp_path: Path
 ) -> None:
