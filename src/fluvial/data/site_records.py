@@ -241,7 +241,8 @@ class SiteRecords:
             draw = derive(self.seed, "partition") % 2**32
             parts = split(classes, len(entries), partition, draw)
         except ConfigError as error:
-            faults.include(error)
+            where = "" if source.where == "data.source" else f"{source.where}: "
+            faults.include(ConfigError(f"{where}{error}"))
             return {}
 
         return {name: [entries[number].record for number in part] for name, part in parts.items()}

@@ -95,11 +95,11 @@ def execute(
         config, choice = begun(main, config, resume=resume)
         torch.set_num_threads(config.fleet.threads)
         pool = ModelPool(config.model, config.adapter)  # one for all that tune alike
+        known = texts(config, pool) if texts else texts_of(config, pool)  # before any weights
         if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
             pool.check_behaviour()
             if config.data.packing:
                 pool.check_packing()
-        known = texts(config, pool) if texts else texts_of(config, pool)
 
         if config.budget is not None and choice is None:
             choice = choose(config, pool, known)

@@ -240,6 +240,31 @@ def test_settings_that_cannot_work_are_refused_before_training(
     assert not (tmp_path / "run").exists()  # a folder into which nothing was written goes again
 
 
+@pytest.mark.parametrize(
+    ("partition", "words"),
+    [
+        ({"by": "column", "column": "client"}, r" has no records of site 'south' \(2 sites lack"),
+        ({"by": "iid", "sites": 3}, r": data.partition.sites=3: there are only 1 records"),
+    ],
+)
+def test_a_site_without_heldout_records_is_told_by_check_and_before_weights_are_loaded(
+    partition: dict[str, Any],
+    words: str,
+    run_config: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    apart = tmp_path / "apart.jsonl"
+    apart.write_text('{"text": "snow in the north", "client": "north"}\n')
+    kept = {key: value for key, value in run_config["data"].items() if key != "heldout_share"}
+    data = kept | {"heldout_source": str(apart), "partition": partition}
+    config = parse(run_config | {"data": data}, "test")
+    monkeypatch.setattr(ModelPool, "load", lambda *_: pytest.fail("the weights were loaded"))
+    for begin in (lambda: plan(config), lambda: next(execute(config, tmp_path / "run"))):
+        with pytest.raises(ConfigError, match=f"data.heldout_source{words}"):
+            begin()
+
+
 def test_missing_public_text_is_noticed_before_a_baseline_is_trained(
     run_config: dict[str, Any], tmp_path: Path
 ) -> None:
