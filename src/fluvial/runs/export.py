@@ -5,6 +5,7 @@ the id that others load it by, and holds a card, no path and no record.
 """
 
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,15 +28,18 @@ from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig, source_of
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.evaluation import evaluation_settings
 from fluvial.runs.model_card import BASE, Described, Form, base_name, model_card
-from fluvial.runs.site_weights import kept_by, read_run_of_sites, site_weights
+from fluvial.runs.site_weights import kept_by, read_run_or_baseline, site_weights
 from fluvial.storage import exported, toml
 from fluvial.storage.files import writing
 from fluvial.storage.run_files import (
     COMPARE,
+    COMPARED,
     CONFIG,
     EXPORTS,
+    RESULT,
     JsonObject,
     anew,
+    begun,
     with_description,
 )
 from fluvial.training.folders import AdapterFolder, read_adapter_folder
@@ -51,6 +55,8 @@ _BASE_FILES = {
 }
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's `--max-lora-rank` (vllm/config/lora.py of vLLM 0.27)."""
+MOST_COMMANDS = 12
+"""Commands that a refusal lists."""
 GGUF = (
     "no maintained package converts a model of transformers to GGUF; use --form merged, and on the "
     "folder that it writes the script of llama.cpp: python convert_hf_to_gguf.py FOLDER"
@@ -107,7 +113,8 @@ def export_run(
         raise ConfigError(f"--form gguf: {GGUF}")
 
     folder = _run_of(folder)
-    run = read_run_of_sites(folder)
+    _refuse_several(folder)
+    run = read_run_or_baseline(folder)
     with _weights(folder, run, site, overrides) as weights:
         config = run["config"]
         full = weights.name == "model"
@@ -176,6 +183,32 @@ def _run_of(folder: Path) -> Path:
     return folder.parent if inside else folder
 
 
+def _refuse_several(folder: Path) -> None:
+    """Raise `ConfigError`, with the commands that work, for a folder of several runs: of a
+    comparison, of one of its contenders, or of the baselines of a run."""
+    if (folder / COMPARED).is_file():
+        found = folder.glob(f"*/seed-*/{RESULT}")
+    elif (folder.parent / COMPARED).is_file():
+        found = folder.glob(f"seed-*/{RESULT}")
+    elif folder.name == COMPARE and not begun(folder):
+        found = folder.glob(f"*/{RESULT}")
+    else:
+        return
+
+    runs = sorted(path.parent for path in found)
+    commands = [f"`{_command(run)}`" for run in runs[:MOST_COMMANDS]]
+    more = f" and {len(runs) - MOST_COMMANDS} more" if len(runs) > MOST_COMMANDS else ""
+    remedy = f"export one of them: {', '.join(commands)}{more}" if runs else "none has finished"
+    raise ConfigError(f"{folder} holds several runs; {remedy}")
+
+
+def _command(run: Path) -> str:
+    """Return the command that exports a run; one without common weights needs the name of a
+    site."""
+    has_weights = any((run / name).is_dir() for name in EXPORTS)
+    return f"fluvial export {shlex.quote(str(run))}{'' if has_weights else ' --site NAME'}"
+
+
 @contextmanager
 def _weights(
     folder: Path, run: JsonObject, site: str | None, overrides: Sequence[str]
@@ -187,7 +220,9 @@ def _weights(
         )
     if not run["config"]:
         if folder.resolve().parent.name == COMPARE:
-            raise ConfigError(f"{folder} is a baseline of a run; export the run itself")
+            raise ConfigError(
+                f"{folder} is no baseline that the run around it names; export the run itself"
+            )
         raise CheckpointError(f"{folder / CONFIG} is missing; {anew()}")
 
     if site is not None:

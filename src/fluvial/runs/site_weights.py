@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from fluvial import __version__
 from fluvial.data import DataConfig
 from fluvial.errors import ConfigError
-from fluvial.methods import METHODS
+from fluvial.methods import BASELINES, METHODS
 from fluvial.methods.exporting import save_weights
 from fluvial.models.digests import weights_digest
 from fluvial.models.loading import weights_folder
@@ -34,21 +34,22 @@ def kept_by(folder: Path, run: JsonObject) -> list[str]:
     return [site for site in run["result"]["heldout_by_site"] if store.file(site, SLOT) is not None]
 
 
-def read_run_of_sites(folder: Path) -> JsonObject:
-    """Return the content of a run's folder (see `read_run`); that of the baseline `local`, whose
-    sites keep their models, has the configuration that it has in the run around it."""
+def read_run_or_baseline(folder: Path) -> JsonObject:
+    """Return the content of a run's folder (see `read_run`); that of a baseline has the
+    configuration that it has in the run around it."""
     run = read_run(folder)
     place = folder.resolve()
-    if run["config"] or (place.parent.name, place.name) != (COMPARE, "local"):
+    if run["config"] or place.parent.name != COMPARE:
         return run
 
     around = read_run(place.parents[1])
     described = around["description"] or {}
-    if place.name not in described.get("compare", {}):
+    name = next((each for each in BASELINES if each == place.name), None)
+    if name is None or name not in described.get("compare", {}):
         return run
-    config = parse(described["set"], str(place.parents[1])).baseline("local")
+    config = parse(described["set"], str(place.parents[1])).baseline(name)
     mostly = {key: described[key] for key in (exported.MOSTLY,) if key in described}
-    description = {**described["compare"][place.name], **mostly}
+    description = {**described["compare"][name], **mostly}
     return {**run, "config": config.resolved(), "description": description}
 
 

@@ -1,6 +1,7 @@
 """Exported folders: what they hold, what they do not tell, and what loads them."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ def finished(tiny_model: Path, three_sites: Path, tmp_path_factory: pytest.TempP
             "train": {"learning_rate": 1e-2, "max_steps": 3, "per_device_train_batch_size": 4},
             "evaluate": {"sample_prompt": "snow of the north site", "sample_tokens": 2},
             "codec": {"name": "int8"},
+            "compare": ["central"],
         },
         folder,
     )
@@ -86,6 +88,48 @@ def test_nothing_names_this_machine_or_a_site(
     assert not [site for site in SITES if site in card]
     assert made.max_lora_rank == 8
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "org/tiny"
+
+
+def test_a_baseline_is_exported_as_a_run_is(finished: Path, tmp_path: Path) -> None:
+    baseline = finished / "compare" / "central"
+    made = export_run(baseline, tmp_path / "out", base="org/tiny")
+    assert made.form == "peft"
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (tmp_path / "out", baseline / "adapter")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    card = (tmp_path / "out" / "README.md").read_text()
+    final = json.loads((baseline / "result.json").read_text())["heldout"]["final"]
+    assert f"{final['loss']:.4f}" in card
+    assert "| codec of the updates | int8 |" not in card
+
+
+def test_a_folder_of_several_runs_is_refused_with_the_commands_that_work(
+    finished: Path, tmp_path: Path
+) -> None:
+    """The baselines of a run, a comparison, and a contender of it, whose sites have their own."""
+    out = tmp_path / "two words"
+    for name in ("plain", "coded"):
+        (out / name / "seed-0" / "adapter").mkdir(parents=True)
+        (out / name / "seed-0" / "result.json").write_text("{}")
+    (out / "own" / "seed-0").mkdir(parents=True)
+    (out / "own" / "seed-0" / "result.json").write_text("{}")
+    (out / "compare.json").write_text("{}")
+    for folder, runs in (
+        (finished / "compare", ["central"]),
+        (out, ["coded/seed-0", "own/seed-0 --site NAME", "plain/seed-0"]),
+        (out / "own", ["seed-0 --site NAME"]),
+    ):
+        with pytest.raises(ConfigError, match="holds several runs") as caught:
+            export_run(folder)
+        parts = [run.partition(" ") for run in runs]
+        commands = [
+            f"`fluvial export {shlex.quote(str(folder / run))}{space}{option}`"
+            for run, space, option in parts
+        ]
+        assert str(caught.value).endswith(f"export one of them: {', '.join(commands)}")
 
 
 def test_the_card_says_what_the_run_found(finished: Path, tmp_path: Path) -> None:
