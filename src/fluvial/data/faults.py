@@ -85,7 +85,9 @@ def _joined(spots: Iterable[Spot]) -> list[str]:
         lines.setdefault(line[1] if line else spot, []).extend([line[2]] if line else [])
 
     return [
-        f"{head}{'s' * (len(numbers) > 1)} {', '.join(numbers)}" if numbers else head
+        f"{head}{'s' * (len(numbers) > 1)} {', '.join(sorted(numbers, key=int))}"
+        if numbers
+        else head
         for head, numbers in lines.items()
     ]
 

@@ -15,8 +15,3 @@ def commonest(records: Iterable[Record]) -> str:
     kinds = {Text: TEXT, Chat: CHAT}
     counts = Counter(kinds.get(type(record.content), PROMPT) for record in records)
     return max(counts, key=lambda kind: (counts[kind], kind))
-
-
-def has_chats(records: Iterable[Record]) -> bool:
-    """Return whether some record is a conversation."""
-    return any(isinstance(record.content, Chat) for record in records)

@@ -14,7 +14,7 @@ from fluvial.data.forms import CONVERSATIONS
 from fluvial.data.leaks import Leaks
 from fluvial.data.packing import pack
 from fluvial.data.partition import Iid, split
-from fluvial.data.record_kinds import PROMPT, TEXT, commonest, has_chats
+from fluvial.data.record_kinds import PROMPT, TEXT, commonest
 from fluvial.data.records import Record
 from fluvial.data.site_names import check_names, chosen
 from fluvial.data.site_records import SiteRecords
@@ -252,15 +252,12 @@ class SiteTexts:
                 f"(data.overlong; the longest has {surplus.longest} tokens)"
             )
 
-        if writes_date(self.tokenizer) and self._has_chats(self.names[0]):
+        if writes_date(self.tokenizer) and self.forms & CONVERSATIONS:
             remarks.append(
                 "the chat template writes today's date; it is given 26 July 2024 on every day"
             )
 
         return remarks
-
-    def _has_chats(self, name: str) -> bool:
-        return any(map(has_chats, self._records_of(name)))
 
     # -- tokens ------------------------------------------------------------
 

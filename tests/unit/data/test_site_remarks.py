@@ -1,4 +1,4 @@
-"""Remarks of `check` on characters that a tokenizer does not know."""
+"""Remarks of `check` on characters that a tokenizer does not know, and on a template with a date."""
 
 import json
 from pathlib import Path
@@ -46,3 +46,22 @@ def test_records_with_unknown_characters_are_counted_by_site(config: DataConfig)
 def test_an_unknown_token_that_also_ends_a_text_counts_nothing(config: DataConfig) -> None:
     """As that of GPT-2, which knows every byte."""
     assert not remarks(config, of_letters("abü", unk_token="</s>"))
+
+
+def test_a_template_that_writes_the_date_is_remarked_where_any_site_has_conversations(
+    config: DataConfig, tmp_path: Path
+) -> None:
+    """Also where it is not the first site."""
+    tokenizer = of_letters("ab")
+    tokenizer.chat_template = (
+        "{% set day = strftime_now('%d') %}{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    )
+    words = "the chat template writes today's date"
+    for has_chats in (False, True):
+        if has_chats:
+            turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "a"}]
+            line = json.dumps({"messages": turns})
+            (tmp_path / "rome.jsonl").write_text("\n".join([line] * 4))
+        found = SiteTexts(config, tokenizer, seed=0).check()
+        assert any(words in remark for remark in found) == has_chats
