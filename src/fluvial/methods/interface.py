@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from pydantic import Field
 from torch import nn
@@ -92,6 +92,10 @@ class MethodSettings(Settings):
         """Return the share of the sites that take part in a round."""
         return 1.0
 
+    def with_all_sites(self) -> Self:
+        """Return the same settings with all sites in each round."""
+        return self
+
     def cohort(self, sites: int) -> int:
         """Return the number of sites in a round, of all `sites`."""
         return cohort_size(self.cohort_share, sites)
@@ -130,6 +134,10 @@ class SampledSettings(MethodSettings):
     def cohort_share(self) -> float:
         """Return `fraction`."""
         return self.fraction
+
+    def with_all_sites(self) -> Self:
+        """Return the same settings with `fraction` 1."""
+        return self.model_copy(update={"fraction": 1.0})
 
 
 @dataclass(frozen=True)

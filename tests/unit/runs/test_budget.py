@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from fluvial.cli import app
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.federation.line import Line, round_s
+from fluvial.methods import METHODS
 from fluvial.models.pool import ModelPool
 from fluvial.report.page import write_page
 from fluvial.runs.budget import candidates
@@ -304,6 +305,15 @@ def test_a_cohort_below_all_sites_is_counted_as_all_of_them(timed: Table) -> Non
         assert each is not None
         found.append((each.up_bytes, each.down_bytes))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_settings_of_all_sites_are_those_of_a_whole_cohort(name: str) -> None:
+    kind = METHODS[name].config
+    drawn = {"fraction": 0.5} if "fraction" in kind.model_fields else {}
+    settings = kind.model_validate({"name": name, **drawn})
+    assert settings.cohort(8) == (4 if drawn else 8)
+    assert settings.with_all_sites().cohort(8) == 8
 
 
 def test_each_limit_of_bytes_bounds_the_run(timed: Table) -> None:

@@ -112,10 +112,7 @@ def with_choice(
 
 def _with_all_sites(config: RunConfig) -> RunConfig:
     """Return a configuration whose sites take part in each round: no site moves more bytes."""
-    if getattr(config.method, "fraction", 1.0) == 1.0:
-        return config
-    method = config.method.model_copy(update={"fraction": 1.0})
-    return config.model_copy(update={"method": method})
+    return config.model_copy(update={"method": config.method.with_all_sites()})
 
 
 def _targets(name: str) -> str | tuple[str, ...]:
