@@ -1,4 +1,4 @@
-"""Remarks of `check` on characters that a tokenizer does not know, and on a template with a date."""
+"""Remarks of `check` on characters that a tokenizer does not know, and on a date in a template."""
 
 import json
 from pathlib import Path
