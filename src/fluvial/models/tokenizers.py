@@ -3,21 +3,33 @@
 transformers is imported where a tokenizer is loaded, so that other commands answer at once.
 """
 
+import logging
+from functools import cache
 from typing import NoReturn
 
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.pretrained import ModelConfig, from_hub, local_folder, num_embeddings
 
+logger = logging.getLogger(__name__)
+
+SAMPLING = ("dropout", "alpha", "nbest_size")
+"""Settings of a tokenizer's model with which one text has other tokens each time: of BPE, and of
+Unigram."""
+
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS."""
+    """Return the base's tokenizer, padding on the right; a missing pad token is replaced by EOS.
+
+    A text has the same tokens each time: sampling, such as BPE dropout, is switched off.
+    """
     from transformers import AutoTokenizer
 
     _refuse_without_tokenizer(config)
     tokenizer = from_hub(AutoTokenizer.from_pretrained, config, trust_remote_code=False)
     tokenizer.padding_side = "right"
     _check_values(tokenizer, config)
+    _without_sampling(tokenizer, config)
     _drop_absent_tokens(tokenizer)
 
     if tokenizer.eos_token_id is None:
@@ -41,6 +53,31 @@ def _check_values(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> No
     template = tokenizer.chat_template
     if template is not None and not isinstance(template, str | dict):
         _refuse_value(config, "chat_template", template, "the text of a template")
+
+
+def _without_sampling(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> None:
+    """Switch off the sampling of tokens, with a remark; refuse that of SentencePiece's own code."""
+    options = getattr(tokenizer, "sp_model_kwargs", None) or {}
+    if not tokenizer.is_fast and options.get("enable_sampling"):
+        _refuse_value(config, "sp_model_kwargs.enable_sampling", True, "false")
+
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    for key in SAMPLING:
+        value = getattr(model, key, None)
+        if value:
+            setattr(model, key, None)
+            _remark_once(config.name_or_path, key, value)
+
+
+@cache
+def _remark_once(name: str, key: str, value: float) -> None:
+    logger.warning(
+        "model.name_or_path=%r: %s = %s in tokenizer.json draws the tokens of a text anew each "
+        "time; it is switched off for training and measuring, and in a tokenizer that is written",
+        name,
+        key,
+        value,
+    )
 
 
 def _refuse_value(config: ModelConfig, key: str, value: object, expected: str) -> NoReturn:

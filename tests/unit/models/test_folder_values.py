@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import open_weights
@@ -107,6 +107,29 @@ def test_special_tokens_without_text_are_none(base: Path) -> None:
 
     change(base / "tokenizer_config.json", eos_token="")
     with pytest.raises(ConfigError, match=r"no end-of-text token.*name one as eos_token in"):
+        load_tokenizer(config(base))
+
+
+def test_dropout_of_merges_is_switched_off_with_a_remark(
+    base: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "The river carries the water of many small streams."
+    expected = load_tokenizer(config(base))(text)["input_ids"]
+    stored = json.loads((base / "tokenizer.json").read_text())
+    change(base / "tokenizer.json", model=stored["model"] | {"dropout": 0.5})
+
+    tokenizers = [load_tokenizer(config(base)) for _ in range(2)]
+    read = [tokenizer(text)["input_ids"] for tokenizer in tokenizers for _ in range(3)]
+    assert read == [expected] * 6
+    assert [record.getMessage().count("dropout = 0.5") for record in caplog.records] == [1]
+
+
+def test_sampling_of_sentencepiece_is_refused(monkeypatch: pytest.MonkeyPatch, base: Path) -> None:
+    tokenizer = load_tokenizer(config(base))
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    tokenizer.sp_model_kwargs = {"enable_sampling": True}
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: tokenizer)
+    with pytest.raises(ConfigError, match=r"sp_model_kwargs\.enable_sampling .* expected false"):
         load_tokenizer(config(base))
 
 
