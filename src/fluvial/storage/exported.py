@@ -34,6 +34,20 @@ MOSTLY = "records_are_mostly"
 READINGS = "readings"
 """Key of the ways in which the run read files, where there are several: settings of [data], and the
 `suffix` of the files."""
+_FORM: dict[str, type] = {
+    **dict.fromkeys(("fluvial", "suffix", "site_column", BASE_DIGEST, MOSTLY), str),
+    **dict.fromkeys(("model", "data", "evaluate", DESCRIPTION), dict),
+    READINGS: list,
+}
+"""Type of the value of each key of the file, and of those of a run's configuration beside them."""
+_DATA: dict[str, type] = {
+    **dict.fromkeys(("suffix", "source", "chat_template", "encoding", "delimiter"), str),
+    **dict.fromkeys(("columns", "partition", "by_site"), dict),
+}
+"""Type of the value of each key of the table [data], and of a way of reading."""
+_UNSET = ({"site_column", DESCRIPTION} | _DATA.keys()) - {"suffix"}
+"""Keys whose value may be null."""
+_WORDS: dict[type, str] = {str: "text", dict: "an object", list: "a list of objects"}
 MODEL = ("name_or_path", "revision", "dtype", *QUANTISATION)
 
 
@@ -136,17 +150,27 @@ def for_file(settings: Mapping[str, Any], path: Path | None) -> dict[str, Any]:
 
 
 def _tables(path: Path) -> dict[str, Any] | None:
+    """Return the content of a file, None without one; raises `ConfigError` where it has not the
+    form of `_FORM`. A config.json that names no version of Fluvial is a model's, of any form."""
     tables = read_object(path)
-    if tables is None or "fluvial" not in tables:
-        return tables
-
-    wrong = [
-        key for key in ("model", "data", "evaluate") if not isinstance(tables.get(key, {}), dict)
-    ]
-    if wrong:
-        raise ConfigError(f"{path}: {wrong[0]!r} must be an object; copy it again")
-    readings = tables.get(READINGS, [])
-    if not isinstance(readings, list) or not all(isinstance(each, dict) for each in readings):
-        raise ConfigError(f"{path}: {READINGS!r} must be a list of objects; copy it again")
-
+    if tables is not None and (path.name == FILE or "fluvial" in tables):
+        _check_form(path, tables, _FORM)
+        data = tables.get("data", {})
+        _check_form(path, data, _DATA, "data.")
+        own = data.get("by_site") or {}
+        inner = {f"data.by_site.{name}": table for name, table in own.items()}
+        inner |= {f"{READINGS}.{place}": way for place, way in enumerate(tables.get(READINGS, []))}
+        for key, table in inner.items():
+            _check_form(path, {key: table}, {key: dict})
+            _check_form(path, table, _DATA, f"{key}.")
     return tables
+
+
+def _check_form(
+    path: Path, table: Mapping[str, Any], form: Mapping[str, type], prefix: str = ""
+) -> None:
+    """Raise `ConfigError` for the first value that is of another type than its key in `form`."""
+    for key, expected in form.items():
+        value = table.get(key, expected())
+        if not isinstance(value, expected) and not (value is None and key in _UNSET):
+            raise ConfigError(f"{path}: {prefix + key!r} must be {_WORDS[expected]}; copy it again")

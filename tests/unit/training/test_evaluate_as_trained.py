@@ -227,7 +227,7 @@ def test_a_written_folder_reads_the_files_of_all_sites(
         _evaluate(copied, "--data", north, "--site", "north")
     broken = json.loads(told) | {"readings": ["north"]}
     (copied / "fluvial.json").write_text(json.dumps(broken))
-    with pytest.raises(ConfigError, match="'readings' must be a list of objects; copy it again"):
+    with pytest.raises(ConfigError, match="'readings.0' must be an object; copy it again"):
         _evaluate(copied, "--data", north)
 
 
