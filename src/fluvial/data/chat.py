@@ -5,6 +5,7 @@ from collections.abc import Set as AbstractSet
 
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.records import Chat, Message
+from fluvial.data.template_work import check_work
 from fluvial.data.templates import dated
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -198,8 +199,12 @@ def _render(
     *,
     add_generation_prompt: bool = False,
 ) -> str:
+    known = dated(tokenizer)
     try:
-        text: str = dated(tokenizer).apply_chat_template(
+        template = known.get_chat_template()
+        tokens = known.special_tokens_map
+        check_work(template, messages, tokens, add_generation_prompt=add_generation_prompt)
+        text: str = known.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
     except Exception as error:  # a template is a program: it may raise whatever a program raises
