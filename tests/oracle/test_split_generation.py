@@ -74,7 +74,7 @@ def parts_of(config: ModelConfig, cut: Cut) -> Iterator[tuple[Part, Part]]:
 def split_answer(site: Part, server: Part, prompt: list[int], eos: int | None = None) -> list[int]:
     """Return the new tokens; the exchanges are one prompt and single tokens."""
     session = ServerGeneration(server, max_tokens=len(prompt) + NEW)
-    steps = generate(site, prompt, max_new_tokens=NEW, eos_token_id=eos)
+    steps = generate(site, prompt, max_new_tokens=NEW, stops=() if eos is None else {eos})
     hidden = next(steps)
     shapes = [tuple(hidden.shape)]
 
@@ -175,7 +175,7 @@ def test_sessions_of_one_part_do_not_disturb_each_other(tmp_path: Path) -> None:
         prompts = [[5, 9, 200], [77, 33, 81, 7]]
         alone = [split_answer(site, server, prompt) for prompt in prompts]
         sessions = [ServerGeneration(server, max_tokens=40) for _ in prompts]
-        steps = [generate(site, p, max_new_tokens=NEW, eos_token_id=None) for p in prompts]
+        steps = [generate(site, p, max_new_tokens=NEW, stops=()) for p in prompts]
         hidden = [next(each) for each in steps]
         tokens: list[list[int]] = []
 
@@ -192,7 +192,7 @@ def test_sessions_of_one_part_do_not_disturb_each_other(tmp_path: Path) -> None:
 def test_a_cache_has_the_span_alone_and_is_freed(tmp_path: Path) -> None:
     with parts_of(config_of("llama", tmp_path), Cut(LAYERS, 2, 1)) as (site, server):
         session = ServerGeneration(server, max_tokens=40)
-        steps = generate(site, [5, 9, 200], max_new_tokens=NEW, eos_token_id=None)
+        steps = generate(site, [5, 9, 200], max_new_tokens=NEW, stops=())
         hidden = next(steps)
         for _ in range(4):
             hidden = steps.send(session.step(hidden))
@@ -237,7 +237,7 @@ def test_hidden_states_of_another_form_are_refused_at_both_ends(
             session.step(hidden)
         assert session.cache.tokens == 0
 
-        steps = generate(site, [5, 9, 200], max_new_tokens=NEW, eos_token_id=None)
+        steps = generate(site, [5, 9, 200], max_new_tokens=NEW, stops=())
         next(steps)
         with pytest.raises(WireError, match="hidden states of a session"):
             steps.send(hidden)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import NamedTuple
 
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.records import Chat, Message
@@ -9,10 +10,12 @@ from fluvial.data.template_work import check_work
 from fluvial.data.templates import dated
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
+from fluvial.models.ends import Rendered, end_in
 from fluvial.models.hf import PreTrainedTokenizerBase
 
 _MARK = "content-of-a-turn-"
 """A placeholder for the content of a turn, which a template may compare, cut or leave out."""
+_REMEDY = "change the record, or set data.chat_template to another template"
 
 
 def encode_chat(
@@ -77,23 +80,36 @@ def _question(
         return None
 
     prompt = _render(place, messages[:-1], tokenizer, add_generation_prompt=True)
-    if not rendered.startswith(prompt):  # a template that writes a turn of the past otherwise
+    around = _around(place, messages[:-1], messages[-1], tokenizer)
+    if around.adds_to(prompt) and rendered.startswith(around.before):
+        prompt = around.before
+        ids = _ids_before(place, around, tokenizer)
+    elif rendered.startswith(prompt):
+        ids, _ = _tokens(place, prompt, tokenizer)
+    else:  # a template that writes a turn of the past otherwise
         return None
-    ids, _ = _tokens(place, prompt, tokenizer)
+
     shown = prompt.removeprefix(tokenizer.bos_token or "")  # the ids have it; no person wrote it
-    return Question(shown, messages[-1]["content"], chat.references, tuple(ids))
+    asked = Rendered(ids, end_in(around.after, tokenizer))
+    return Question(shown, messages[-1]["content"], chat.references, asked)
 
 
 def chat_prompt(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, remedy: str
-) -> list[int]:
+) -> Rendered:
     """Return the tokens of a conversation up to the point where the assistant answers.
 
     Raises `ConfigError` with `remedy` where the tokenizer's template cannot render it.
     """
     place = "the conversation"
-    rendered = _render(place, messages, tokenizer, remedy, add_generation_prompt=True)
-    return _tokens(place, rendered, tokenizer)[0]
+    prompt = _render(place, messages, tokenizer, remedy, add_generation_prompt=True)
+    answer: Message = {"role": "assistant", "content": ""}
+    around = _around(place, messages, answer, tokenizer, remedy)
+    if around.adds_to(prompt) and prompt == _render(place, messages, tokenizer, remedy):
+        ids = _ids_before(place, around, tokenizer)
+    else:
+        ids, _ = _tokens(place, prompt, tokenizer)
+    return Rendered(ids, end_in(around.after, tokenizer))
 
 
 def _spans(
@@ -110,10 +126,7 @@ def _spans(
             continue
 
         end = _render(place, messages[: turn + 1], tokenizer)
-        if turn == 0:  # nothing before it to render, so its header ends where its content begins
-            start = _header(place, message, tokenizer)
-        else:
-            start = _render(place, messages[:turn], tokenizer, add_generation_prompt=True)
+        start = _start(place, messages[:turn], message, tokenizer)
 
         if not (rendered.startswith(end) and end.startswith(start)):
             raise ConfigError(
@@ -155,10 +168,57 @@ def _tokens(
     return ids, offsets
 
 
-def _header(place: object, message: Message, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return what the template writes before the content of a first turn."""
-    marked = _render(place, [message | {"content": _MARK}], tokenizer)
-    return marked[: max(0, marked.find(_MARK))]
+class _Around(NamedTuple):
+    """Text of a template around the content of a turn, empty where it leaves the content out."""
+
+    before: str
+    after: str
+
+    def adds_to(self, prompt: str) -> bool:
+        """Return whether `before` is the prompt for generation and a header that it lacks."""
+        added = self.before[len(prompt) :]
+        return self.before.startswith(prompt) and bool(added.strip())
+
+
+def _around(
+    place: object,
+    earlier: Sequence[Message],
+    message: Message,
+    tokenizer: PreTrainedTokenizerBase,
+    remedy: str = _REMEDY,
+) -> _Around:
+    """Return what the template writes around the content of a turn after `earlier` ones."""
+    marked = _render(place, [*earlier, message | {"content": _MARK}], tokenizer, remedy)
+    before, mark, after = marked.rpartition(_MARK)
+    return _Around(before, after) if mark else _Around("", "")
+
+
+def _start(
+    place: object,
+    earlier: Sequence[Message],
+    message: Message,
+    tokenizer: PreTrainedTokenizerBase,
+) -> str:
+    """Return what stands before a turn that is learned: what the template writes for generation.
+
+    A template that writes nothing for it, or has no turn before it to render, writes the header of
+    a turn, which ends where the content begins.
+    """
+    if not earlier:
+        return _around(place, earlier, message, tokenizer).before
+
+    start = _render(place, earlier, tokenizer, add_generation_prompt=True)
+    if start != _render(place, earlier, tokenizer):
+        return start
+    around = _around(place, earlier, message, tokenizer)
+    return around.before if around.adds_to(start) else start
+
+
+def _ids_before(place: object, around: _Around, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens before the content of a turn, none of which has a part of it."""
+    ids, offsets = _tokens(place, f"{around.before}{_MARK}", tokenizer)
+    begin = len(around.before)
+    return [token for token, (_, to) in zip(ids, offsets, strict=True) if to <= begin]
 
 
 def _refuse_omissions(
@@ -195,7 +255,7 @@ def _render(
     place: object,
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
-    remedy: str = "change the record, or set data.chat_template to another template",
+    remedy: str = _REMEDY,
     *,
     add_generation_prompt: bool = False,
 ) -> str:

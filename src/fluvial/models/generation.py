@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fluvial.models.behaviour import makes_cache
 from fluvial.models.encoding import Encoder, Prompt
+from fluvial.models.ends import End, answer_text, end_of
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -30,10 +31,10 @@ SHORT = 8
 
 
 class Continuation(str):
-    """A continuation of a prompt, without the prompt and special tokens."""
+    """A continuation of a prompt, without the prompt and its end."""
 
     cut: bool
-    """True where the number of tokens that was asked for ended it, and no end token."""
+    """True where the number of tokens that was asked for ended it, and no end of an answer."""
 
     def __new__(cls, text: str, *, cut: bool) -> Self:
         """Return a text that knows whether it was cut."""
@@ -53,7 +54,7 @@ def continuations(
     at_once: int = AT_ONCE,
     of: str = "the model",
 ) -> list[Continuation]:
-    """Return a greedy continuation of each prompt, without the prompt and special tokens.
+    """Return a greedy continuation of each prompt, without the prompt and its end (see `end_of`).
 
     It ends where the model's `context` ends; that of a prompt that fills it is empty. With the same
     `at_once`, a prompt has the same continuation among any others. A model that keeps a state in
@@ -66,35 +67,41 @@ def continuations(
     short = max_new_tokens <= SHORT
     stateful = model._is_stateful  # of transformers, and public by no other name
     alone = tokenizer.pad_token_id is None or (stateful and not short)
-    batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+    ends = [end_of(tokenizer, model, prompt) for prompt in prompts]
+    batches: dict[tuple[int, int, tuple[int, ...]], list[int]] = defaultdict(list)
     for number, (row, room) in enumerate(zip(rows, rooms, strict=True)):
         if room:
             width = len(row) if alone else _width(len(row) + (room if short else 1))
-            batches[width, room].append(number)
+            batches[width, room, tuple(sorted(ends[number].ids))].append(number)
 
     new: dict[int, list[int]] = {}
     logged_s = time.monotonic()
     size = 1 if alone else at_once
     write = _recomputed if short and not alone else _stepwise
 
-    for (width, room), numbers in sorted(batches.items()):
+    for (width, room, stops), numbers in sorted(batches.items()):
         for start in range(0, len(numbers), size):
             batch = numbers[start : start + size]
             filled = [*batch, *[batch[0]] * (size - len(batch))]
-            found = write(model, tokenizer, [rows[number] for number in filled], width, room)
+            asked = [rows[number] for number in filled]
+            found = write(model, tokenizer, asked, width, room, stops)
             new |= dict(zip(batch, found, strict=False))
 
             if time.monotonic() - logged_s > 1:
                 logged_s = time.monotonic()
                 logger.info("greedy answers of %s: %d of %d", of, len(new), len(prompts))
 
-    written = [new.get(number, []) for number in range(len(prompts))]
     return [
-        Continuation(
-            tokenizer.decode(tokens, skip_special_tokens=True), cut=len(tokens) == max_new_tokens
-        )
-        for tokens in written
+        _continuation(tokenizer, new.get(number, []), end, max_new_tokens)
+        for number, end in enumerate(ends)
     ]
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], end: End, max_new_tokens: int
+) -> Continuation:
+    text, ended = answer_text(tokenizer, tokens, end)
+    return Continuation(text, cut=len(tokens) == max_new_tokens and not ended)
 
 
 def _width(tokens: int) -> int:
@@ -108,8 +115,10 @@ def _recomputed(
     rows: Sequence[Sequence[int]],
     width: int,
     room: int,
+    stops: Sequence[int],
 ) -> list[list[int]]:
-    """Return the greedy continuation of each row, up to the end token, of `room` tokens at most.
+    """Return the greedy continuation of each row, up to the first of `stops`, of `room` tokens at
+    most.
 
     Rows are padded on the right, where a causal model does not look. For a few tokens a whole pass
     over many sequences takes less time than steps with keys and values.
@@ -125,17 +134,18 @@ def _recomputed(
 
     written = torch.full((len(rows), room), tokenizer.pad_token_id, device=device)
     ended = torch.zeros(len(rows), dtype=torch.bool, device=device)
+    last = torch.tensor(stops, device=device)
     for step in range(room):
         logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
         chosen = logits[every, ends - 1 + step].float().argmax(-1)
         written[:, step] = chosen
-        ended |= chosen == tokenizer.eos_token_id
+        ended |= torch.isin(chosen, last)
         if ended.all() or step == room - 1:
             break
         tokens[every, ends + step] = chosen
         mask[every, ends + step] = 1
 
-    return [_ended(row, tokenizer.eos_token_id) for row in written[:, : step + 1].tolist()]
+    return [_ended(row, stops) for row in written[:, : step + 1].tolist()]
 
 
 def _stepwise(
@@ -144,6 +154,7 @@ def _stepwise(
     rows: Sequence[Sequence[int]],
     width: int,
     room: int,
+    stops: Sequence[int],
 ) -> list[list[int]]:
     """Return what `_recomputed` does, by steps with keys and values where the model has a cache of
     them; padding is on the left."""
@@ -159,15 +170,15 @@ def _stepwise(
         max_new_tokens=room,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stops) or None,
         use_cache=makes_cache(model),
     )
-    return [_ended(row, tokenizer.eos_token_id) for row in output[:, width:].tolist()]
+    return [_ended(row, stops) for row in output[:, width:].tolist()]
 
 
-def _ended(row: list[int], end: int | None) -> list[int]:
-    """Return the tokens before the first end token."""
-    return row[: row.index(end)] if end is not None and end in row else row
+def _ended(row: list[int], stops: Sequence[int]) -> list[int]:
+    """Return the tokens before the first of `stops`."""
+    return row[: next((place for place, token in enumerate(row) if token in stops), None)]
 
 
 def count_too_long(

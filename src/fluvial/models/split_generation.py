@@ -4,13 +4,14 @@ The prompt goes through once; then each token is one hidden state (1, 1, hidden)
 one back (FL-GLM's inference, without its repeated prefix).
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Container, Generator
 
 import torch
 from torch import Tensor
 
 from fluvial.errors import ConfigError, WireError
 from fluvial.models.encoding import Encoder, Prompt
+from fluvial.models.ends import answer_text, end_of
 from fluvial.models.generation import Continuation
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.models.layer_lists import text_config
@@ -36,26 +37,26 @@ class SiteGeneration:
     def answer(self, prompt: Prompt) -> Generator[Tensor, Tensor, Continuation]:
         """Yield A's hidden states and take B's; return the continuation of `prompt` as text.
 
-        It has neither the prompt nor special tokens, as that of `continuations`.
+        It has neither the prompt nor its end, as that of `continuations`.
         """
         tokens = Encoder.of(self._tokenizer).asked(prompt)
-        eos = self._tokenizer.eos_token_id
+        end = end_of(self._tokenizer, self._part.model, prompt)
         new = yield from generate(
-            self._part, tokens, max_new_tokens=self._max_new_tokens, eos_token_id=eos
+            self._part, tokens, max_new_tokens=self._max_new_tokens, stops=end.ids
         )
-        text: str = self._tokenizer.decode(new, skip_special_tokens=True)
-        return Continuation(text, cut=bool(new) and new[-1] != eos)
+        text, ended = answer_text(self._tokenizer, new, end)
+        return Continuation(text, cut=bool(new) and not ended)
 
 
 def generate(
-    part: Part, prompt: list[int], *, max_new_tokens: int, eos_token_id: int | None
+    part: Part, prompt: list[int], *, max_new_tokens: int, stops: Container[int]
 ) -> Generator[Tensor, Tensor, list[int]]:
     """Yield A's hidden states and take B's, both (1, tokens, hidden); return the new tokens.
 
     The first exchange has the tokens of `prompt`, each other one token. The new tokens are those of
-    greedy decoding with the whole model, up to and with the end of text. Raises `WireError` where
-    B's hidden states have another shape or are not finite. The caches go when the generator ends or
-    is closed.
+    greedy decoding with the whole model, up to and with the first of `stops`. Raises `WireError`
+    where B's hidden states have another shape or are not finite. The caches go when the generator
+    ends or is closed.
     """
     first = part.new_cache()
     last = part.new_cache()
@@ -73,7 +74,7 @@ def generate(
 
             token = int(logits[0, -1].argmax())
             new.append(token)
-            if token == eos_token_id:
+            if token in stops:
                 break
             tokens = torch.tensor([[token]], device=part.device)
     finally:

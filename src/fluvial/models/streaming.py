@@ -1,7 +1,7 @@
 """Text of a model piece by piece, as it is generated."""
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Container, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fluvial.models.behaviour import makes_cache
+from fluvial.models.ends import end_of, until
 from fluvial.models.generation import room_after
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,6 +43,18 @@ class _SeededDraws:
         return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
 
 
+def _streamer(tokenizer: PreTrainedTokenizerBase, dropped: Container[int]) -> Any:
+    """Return an iterator over the text of generated tokens without those that are `dropped`."""
+    from transformers import TextIteratorStreamer
+
+    class Streamer(TextIteratorStreamer):  # type: ignore[misc]
+        def put(self, value: Tensor) -> None:
+            if self.next_tokens_are_prompt or int(value) not in dropped:
+                super().put(value)
+
+    return Streamer(tokenizer, skip_prompt=True)
+
+
 def stream(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,18 +62,17 @@ def stream(
     sampling: Sampling,
     context: int | None = None,
 ) -> Generator[str, None, None]:
-    """Yield the continuation of a prompt's tokens in pieces, without special tokens.
+    """Yield the continuation of a prompt's tokens in pieces, without its end (see `end_of`).
 
     A thread generates ahead. It stops when the iterator is closed, and what it raises is raised
     here. The text ends where the model's `context` ends.
     """
-    from transformers import TextIteratorStreamer
-
     room = room_after(prompt, sampling.max_new_tokens, context)
     if not room:
         return
 
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    end = end_of(tokenizer, model, prompt)
+    streamer = _streamer(tokenizer, {*end.ids, tokenizer.bos_token_id, tokenizer.pad_token_id})
     tokens = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     stopped = threading.Event()
     raised: list[BaseException] = []
@@ -77,7 +89,7 @@ def stream(
                     max_new_tokens=room,
                     do_sample=False,
                     pad_token_id=tokenizer.pad_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
+                    eos_token_id=list(end.ids) or None,
                     streamer=streamer,
                     use_cache=makes_cache(model),
                     **options,
@@ -90,7 +102,7 @@ def stream(
     thread = threading.Thread(target=generate, daemon=True)
     thread.start()
     try:
-        yield from (piece for piece in streamer if piece)
+        yield from until((piece for piece in streamer if piece), end)
     finally:
         stopped.set()
         thread.join()

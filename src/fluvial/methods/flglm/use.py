@@ -18,6 +18,7 @@ from fluvial.methods.flglm.release import Release
 from fluvial.methods.flglm.state import places_of, state_in_use
 from fluvial.methods.flglm.turns import LOOKED_AT, Continue, Look
 from fluvial.models.encoding import Encoder, Prompt
+from fluvial.models.ends import answer_text, end_of
 from fluvial.models.generation import Continuation, count_too_long, room_after
 from fluvial.models.split import Part
 from fluvial.models.split_generation import SiteGeneration, has_cache
@@ -130,30 +131,30 @@ class WholeModel:
                 generation = SiteGeneration(self.part, tokenizer, max_new_tokens=room)
                 answer = yield from self._answer(generation.answer(prompt))
             else:
-                answer = yield from self._answer_without_cache(encoder.asked(prompt), room)
+                answer = yield from self._answer_without_cache(prompt, room)
             answers.append(Continuation(answer, cut=answer.cut and room == new_tokens))
 
         return answers
 
     def _answer_without_cache(
-        self, prompt: Sequence[int], new_tokens: int
+        self, prompt: Prompt, new_tokens: int
     ) -> Generator[Payload, Payload, Continuation]:
         """Return the continuation of `prompt` by a model whose layers keep other states than keys
         and values: all tokens go through again for each new one."""
         tokenizer = self.site.pool.tokenizer
-        tokens = list(prompt)
-        cut = True
+        end = end_of(tokenizer, self.part.model, prompt)
+        tokens = Encoder.of(tokenizer).asked(prompt)
+        begin = len(tokens)
 
-        while len(tokens) < len(prompt) + new_tokens:
+        while len(tokens) < begin + new_tokens:
             ids = torch.tensor([tokens], device=self.part.device)
             logits = yield from self._logits(ids, torch.ones_like(ids))
             tokens.append(int(logits[0, -1].argmax()))
-            if tokens[-1] == tokenizer.eos_token_id:
-                cut = False
+            if tokens[-1] in end.ids:
                 break
 
-        text: str = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
-        return Continuation(text, cut=cut)
+        text, ended = answer_text(tokenizer, tokens[begin:], end)
+        return Continuation(text, cut=not ended)
 
     def _answer(
         self, steps: Generator[Tensor, Tensor, Continuation]
