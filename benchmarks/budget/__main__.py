@@ -29,7 +29,8 @@ def main() -> None:
     if options.seeds:
         bed = replace(bed, seeds=options.seeds)
     cells = options.cell or (("stdlib",) if options.quick else part.CELLS)
-    report = Report("budget", {"part": options.part, **asdict(bed), "source": SOURCE})
+    settings = {"part": options.part, "share": choice.SHARE, **asdict(bed), "source": SOURCE}
+    report = Report("budget", settings)
     done = []
     runs = Runs(options.cache)
 

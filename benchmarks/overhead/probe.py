@@ -78,8 +78,9 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     import torch
 
     from fluvial.codecs.quantise import Identity, IdentitySettings
+    from fluvial.exchange.start import adapter_or_start
     from fluvial.federation.in_process import local_fleet
-    from fluvial.federation.sites import Site, read_adapter_message
+    from fluvial.federation.sites import Site
     from fluvial.federation.store import StateStore
     from fluvial.methods.fedavg import FedAvgConfig, FedAvgServer
     from fluvial.methods.interface import Context
@@ -98,8 +99,9 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     def answer(site: Site, message: Payload) -> Payload:
         """Return an update of fixed size: other values at every site, none that the server refuses
         as larger than training reaches."""
-        received = read_adapter_message(message, site.layout)
-        value = 1e-4 * (1 + site.seed)
+        received = adapter_or_start(site, message, site.layout)
+        assert isinstance(received, dict), "both ends make the same start"
+        value = 1e-4 * (1 + int(site.name))
         update = {name: torch.full_like(tensor, value) for name, tensor in received.items()}
         frame = Identity.of(site.layout).encode(update, round=message.value("round", int))
         return frame_payload(frame, n=1, loss=1.0)
@@ -110,7 +112,7 @@ def rounds(sites: int, number: int, values: int) -> dict[str, Any]:
     def open_site(name: str) -> Site:
         return Site(
             name=name,
-            seed=int(name),
+            seed=0,
             pool=pool,
             load=load,
             train=TrainConfig(),

@@ -168,7 +168,7 @@ def test_evaluate_is_stopped_without_advice(
 
     code, words = stopped(command, ready, [number])
     assert code == CODES[number]
-    assert clean(words) == ""
+    assert set(clean(words).splitlines()) <= {"reading the weights ..."}
 
 
 @pytest.mark.parametrize("number", CODES)
