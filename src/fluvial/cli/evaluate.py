@@ -142,7 +142,10 @@ def evaluate(
         bool, typer.Option("--apply-chat-template", help="Ask in the chat template.", **HARNESS)
     ] = False,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Prompts at a time, also of generated answers.", **HARNESS)
+        int,
+        typer.Option(
+            min=1, max=1024, help="Prompts at a time, also of generated answers.", **HARNESS
+        ),
     ] = 8,
     out: Annotated[
         Path | None,

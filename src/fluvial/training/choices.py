@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.faults import Faults, listed, shown
+from fluvial.data.faults import DataError, Faults, listed, shown
 from fluvial.data.readers import read_json
 from fluvial.data.records import encodable
 from fluvial.data.rows import Number, described
@@ -13,6 +13,8 @@ from fluvial.errors import ConfigError
 from fluvial.storage.files import exists, refuse_endless
 
 LETTERS = "ABCD"
+JSON = (".json", ".jsonl", ".ndjson")
+"""Suffixes of files of questions."""
 CHANCE = 1 / len(LETTERS)
 """Accuracy of a model that guesses."""
 
@@ -36,13 +38,26 @@ def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """Read records `{"question", "choices": [4], "answer": "A".."D"}`, one a line, from a file.
 
     `subject` and `id` are optional fields; `subject_field` names another field for `subject`. A
-    file with the suffix .json holds a list of records. Raises `DataError` naming line and id of
+    file with the suffix .json holds a list of records. Raises `ConfigError` naming line and id of
     every record that is not of this form, without its text.
     """
     refuse_endless(path)
     if not (exists(path) and path.is_file()):
         raise ConfigError(f"there is no file {str(path)!r} with questions")
 
+    if path.suffix.lower() not in JSON:
+        raise ConfigError(
+            f"{path}: questions are read from JSON, one record a line (.jsonl) or a list (.json), "
+            "each with 'question', 'choices' and 'answer'; write the file anew in that form"
+        )
+
+    try:
+        return _choices(path, subject_field)
+    except DataError as error:  # about records, which --set reads in another way, as no questions
+        raise ConfigError(str(error)) from error
+
+
+def _choices(path: Path, subject_field: str) -> list[Choice]:
     choices = []
     faults = Faults()
     for row in read_json(path).rows:
@@ -68,9 +83,8 @@ def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
     question = record["question"]
     choices = record["choices"]
     if not (isinstance(question, str) and question.strip()):
-        raise ConfigError(
-            f"{name}: 'question' must be text that is not blank, and is {described(question)}"
-        )
+        found = "blank" if isinstance(question, str) else described(question)
+        raise ConfigError(f"{name}: 'question' must be text that is not blank, and is {found}")
 
     texts = choices if isinstance(choices, list) else []
     if len(texts) != len(LETTERS) or not all(

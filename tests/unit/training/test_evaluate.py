@@ -18,6 +18,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
+from fluvial.runs.evaluation import with_remedies
 from fluvial.seeds import generator
 from fluvial.training.choice_prompts import Sheet, language_of, prepare, render
 from fluvial.training.choice_scores import Marks, bootstrap, score
@@ -90,7 +91,7 @@ def test_has_effect(pool: ModelPool, changed: Named) -> None:
         ({"answer": "AB"}, "and is none of them"),
         ({"answer": 1.0}, "and is none of them"),
         ({"answer": None}, "or 0 to 3, and is null"),
-        ({"question": ""}, "not blank"),
+        ({"question": " "}, "must be text that is not blank, and is blank"),
         ({"question": "\ud800"}, "holds half of a surrogate pair"),
         ({"subject": 3}, "'subject' must be text"),
     ],
@@ -120,6 +121,24 @@ def test_malformed_file(tmp_path: Path, text: str, problem: str) -> None:
         read_choices(path)
     with pytest.raises(ConfigError, match="there is no file"):
         read_choices(tmp_path / "other.jsonl")
+
+
+def test_no_remedy_for_records_stands_at_a_fault_of_questions(tmp_path: Path) -> None:
+    path = _write(tmp_path / "q.jsonl", [_record(question="")])
+    with pytest.raises(ConfigError, match="and is blank") as caught, with_remedies({}):
+        read_choices(path)
+    assert "--set" not in str(caught.value)
+
+
+def test_questions_in_csv_are_refused_with_the_form_that_is_read(tmp_path: Path) -> None:
+    (tmp_path / "q.csv").write_text("question,answer\nx,A\n")
+    with pytest.raises(ConfigError, match=r"questions are read from JSON, one record a line"):
+        read_choices(tmp_path / "q.csv")
+
+
+def test_a_batch_is_bounded() -> None:
+    result = CliRunner().invoke(app, ["evaluate", "x", "--batch-size", "1025"])
+    assert "1<=x<=1024" in result.output
 
 
 def test_prompt_of_mmlu() -> None:
