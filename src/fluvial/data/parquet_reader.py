@@ -25,16 +25,15 @@ def read_parquet(path: Path, _: Reading) -> Table:
         raise DataError([f"{name}: is not a parquet file; give it the suffix of what it is"])
 
     try:
+        names = parquet.read_schema(io.BytesIO(data)).names
+        if len(set(names)) < len(names):  # a table of pyarrow cannot be read with them
+            twice = next(each for each in names if names.count(each) > 1)
+            raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
         table = parquet.read_table(io.BytesIO(data))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(
             [f"{name}: is a damaged parquet file ({type(error).__name__}); copy it again"]
         ) from error
-
-    names = table.column_names
-    if len(set(names)) < len(names):
-        twice = next(each for each in names if names.count(each) > 1)
-        raise DataError([f"{name}: has two columns {shown(twice)}; rename one of them"])
 
     rows = rows_of(table, str(path), "row")
     return Table(str(path), ".parquet", rows, columns_of(rows))

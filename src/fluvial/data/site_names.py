@@ -36,6 +36,13 @@ def fault_of(name: str) -> str | None:
         return f"{shown} is no name of a site; it needs a character that can be seen"
     if len(name) > LONGEST:
         return f"{shown} is no name of a site: {len(name)} characters, at most {LONGEST}"
+    spaces = [c for c in name if c != " " and unicodedata.category(c) == "Zs"]
+    if spaces:
+        return (
+            f"{shown} is no name of a site: character {name.index(spaces[0]) + 1} is a "
+            f"{unicodedata.name(spaces[0]).lower()}, which looks like a plain space; write a plain "
+            "space there"
+        )
     if not name.isprintable():
         return (
             f"{shown} is no name of a site: it holds a control or format character, which could "

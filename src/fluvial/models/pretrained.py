@@ -186,10 +186,25 @@ def from_settings(make: Any, config: ModelConfig, settings: PretrainedConfig | N
     try:
         return make(settings, dtype=dtype, trust_remote_code=False)
     except Exception as error:
+        key = _key_of(error.args[0], settings.to_dict()) if isinstance(error, KeyError) else None
+        why = (
+            f"{key} = {error.args[0]!r} is unknown; correct it there" if key else first_line(error)
+        )
         raise ConfigError(
             f"model.name_or_path={config.name_or_path!r}: transformers cannot make a model of its "
-            f"config.json: {first_line(error)}"
+            f"config.json: {why}"
         ) from error
+
+
+def _key_of(value: object, settings: Mapping[str, Any]) -> str | None:
+    """Return the key of a value in a configuration, also in its tables; None where it is in none
+    of them."""
+    for key, own in settings.items():
+        if own == value:
+            return key
+        if isinstance(own, Mapping) and (inner := _key_of(value, own)) is not None:
+            return f"{key}.{inner}"
+    return None
 
 
 def read_config(config: ModelConfig) -> PretrainedConfig:

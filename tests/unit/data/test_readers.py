@@ -110,6 +110,16 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     ]
 
 
+def test_two_equal_columns_of_parquet_are_named(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    columns = [pyarrow.array(["x"]), pyarrow.array(["y"])]
+    parquet.write_table(pyarrow.table(columns, names=["q", "q"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has two columns 'q'; rename one of them"):
+        read_file(tmp_path / "a.parquet", Reading())
+
+
 def test_parquet_numbers_have_the_digits_of_their_type(tmp_path: Path) -> None:
     import pyarrow
     from pyarrow import parquet

@@ -62,6 +62,10 @@ def test_a_name_that_could_harm_is_refused_and_shown_safely(name: str) -> None:
         )
 
 
+def test_a_space_that_is_not_plain_is_named_with_its_place() -> None:
+    assert "character 4 is a no-break space, which looks like" in str(fault_of("St.\u00a0Mary"))
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_other_names_are_names(name: str) -> None:
     assert fault_of(name) is None

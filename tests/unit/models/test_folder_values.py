@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fluvial.errors import ConfigError
 from fluvial.models.base_weights import open_weights
-from fluvial.models.loading import fill, load_base, skeleton
+from fluvial.models.loading import fill, load_base, meta_base, skeleton
 from fluvial.models.pretrained import ModelConfig, dtype_of, read_config
 from fluvial.models.tokenizers import load_tokenizer
 
@@ -75,6 +75,24 @@ def test_generation_settings_that_are_no_object_are_refused(text: str, base: Pat
     (base / "generation_config.json").write_text(text)
     with pytest.raises(ConfigError, match="generation_config.json: .*copy it again"):
         read_config(config(base))
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        ({"hidden_act": "nope"}, "hidden_act"),
+        (
+            {"rope_parameters": {"rope_type": "nope", "rope_theta": 1e4}},
+            "rope_parameters.rope_type",
+        ),
+    ],
+)
+def test_a_name_that_transformers_does_not_know_is_told_with_its_key(
+    values: dict[str, Any], key: str, base: Path
+) -> None:
+    change(base / "config.json", **values)
+    with pytest.raises(ConfigError, match=f"config.json: {key} = 'nope' is unknown; correct it"):
+        meta_base(config(base))
 
 
 # -- tokenizer_config.json -----------------------------------------------------------------------
