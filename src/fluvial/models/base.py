@@ -18,6 +18,7 @@ from fluvial.models.building import building
 from fluvial.models.loading import (
     absent,
     fill,
+    generation_settings,
     load_base,
     load_held,
     meta_base,
@@ -76,15 +77,11 @@ class Base:
 
     @cached_property
     def _model(self) -> nn.Module:
-        from transformers import GenerationConfig
-
         with building():  # a thread that initialises an adapter draws random numbers
             base = self._quantised() if self._quantisation else load_base(self.config)
             check_behaviour(base, self.config.name_or_path)
 
-        # `generate` fills what a call leaves open from here: a folder's own would sample, forbid or
-        # force tokens.
-        base.generation_config = GenerationConfig()
+        base.generation_config = generation_settings(self.config)
 
         return base
 
@@ -162,6 +159,7 @@ class Base:
         for name, buffer in persistent_buffers(self.skeleton).items():
             if name in self.source.names:
                 buffer.copy_(self.source.get(name))
+        self.skeleton.generation_config = generation_settings(self.config)
         return self.skeleton
 
     def make(self, state: Named, *, own: bool | Container[str]) -> nn.Module:

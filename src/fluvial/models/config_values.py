@@ -68,5 +68,5 @@ def check_generation(folder: Path) -> None:
     except Exception as error:
         raise ConfigError(
             f"{path}: transformers cannot read it: {first_line(error)}; copy it again, or remove "
-            "it: a run does not use it"
+            "it: a run uses its end tokens only"
         ) from error

@@ -6,6 +6,7 @@ transformers is imported where a model is loaded, so that other commands answer 
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ from fluvial.models.pretrained import (
     read_config,
 )
 from fluvial.models.weights import check_finite, check_info, check_weights
+from fluvial.storage.files import read_object
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def resolve_device(name: str) -> torch.device:
@@ -133,10 +138,25 @@ def skeleton(config: ModelConfig, settings: PretrainedConfig | None = None) -> n
 
     keep_types(model, kind)
     compute_buffers(model)
-    model.generation_config = GenerationConfig()  # see `Base._model`
+    model.generation_config = GenerationConfig()  # see `generation_settings`
     whole: nn.Module = model.requires_grad_(False).eval()
 
     return whole
+
+
+def generation_settings(config: ModelConfig) -> "GenerationConfig":
+    """Return the settings that `generate` takes where a call leaves them open: those of
+    transformers, with the end tokens of the base's folder.
+
+    Other settings of a folder would sample, forbid or force tokens.
+    """
+    from transformers import GenerationConfig
+
+    path = weights_folder(config) / "generation_config.json"
+    ends = (read_object(path) or {}).get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [ends]
+    ids = [token for token in listed if isinstance(token, int) and token >= 0]
+    return GenerationConfig(eos_token_id=ids or None)
 
 
 def weights_folder(config: ModelConfig) -> Path:

@@ -309,6 +309,22 @@ def test_generation_settings_of_a_folder_change_no_measure_and_are_kept(
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == odd
 
 
+@pytest.mark.parametrize("form", [int, list])
+def test_end_tokens_of_a_folder_end_an_answer_in_every_pool(base: Path, form: type) -> None:
+    plain = ModelPool(config(base), None)
+    (whole,) = plain.generate(plain.base_state(), ["The river"], max_new_tokens=4)
+    last = plain.tokenizer(str(whole), add_special_tokens=False)["input_ids"][-1]
+    listed = last if form is int else [last, 2]
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+
+    for lora in (None, LoraSettings(r=2)):
+        pool = ModelPool(config(base), lora)
+        (ended,) = pool.generate(pool.base_state(), ["The river"], max_new_tokens=4)
+        assert ended != whole
+        assert whole.startswith(ended)
+        assert not ended.cut
+
+
 @pytest.mark.parametrize("length", [-1, None, 64])
 def test_a_context_without_a_limit(length: int | None, base: Path) -> None:
     model = meta_base(config(base))
