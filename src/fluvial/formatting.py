@@ -53,6 +53,14 @@ _JOINERS = ("\u200c", "\u200d")
 """Format characters that belong to the spelling of several scripts and to emoji."""
 
 
+def is_blank(text: str) -> bool:
+    """Return whether no character of a text can be seen: it has blanks and format characters only,
+    such as U+200B."""
+    return not text.strip() or all(
+        c.isspace() or unicodedata.category(c) in _CONTROLS for c in text
+    )
+
+
 def safe_text(text: str) -> str:
     """Return `text` so that it cannot drive a terminal, with its newlines and tabs.
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fluvial.formatting import human_seconds, safe_line, safe_text
+from fluvial.formatting import human_seconds, is_blank, safe_line, safe_text
 
 
 @pytest.mark.parametrize(
@@ -42,3 +42,8 @@ def test_a_text_keeps_its_lines_and_a_line_has_none() -> None:
 )
 def test_short_times_are_told_apart(seconds: float, words: str) -> None:
     assert human_seconds(seconds) == words
+
+
+@pytest.mark.parametrize(("text", "blank"), [("", True), (" \u200b\n", True), ("\u200ba", False)])
+def test_a_text_without_a_visible_character_is_blank(text: str, blank: bool) -> None:
+    assert is_blank(text) == blank

@@ -9,6 +9,7 @@ from fluvial.data.faults import shown
 from fluvial.data.forms import Form
 from fluvial.data.rows import Number, described, typed
 from fluvial.errors import ConfigError
+from fluvial.formatting import is_blank
 
 SHAREGPT_ROLES = {
     "human": "user",
@@ -163,7 +164,7 @@ class RecordReader:
 
     def _answer(self, place: object, fields: Mapping[str, Any], field: str) -> str:
         answer = self._text(place, fields, field)
-        if not answer.strip():
+        if is_blank(answer):
             raise ConfigError(
                 f"{place}: the answer is empty ({self._name(field)}), which would teach the model "
                 "to say nothing; write the answer, or remove the record"
@@ -187,7 +188,7 @@ class RecordReader:
             self._value(place, f"text {number} of {name}", text)
             for number, text in enumerate(value, start=1)
         )
-        if not all(text.strip() for text in texts):
+        if any(is_blank(text) for text in texts):
             raise ConfigError(
                 f"{place}: {name} has a blank text, which an empty answer would equal; remove it"
             )
@@ -263,7 +264,7 @@ class RecordReader:
             "content": self._content(place, what, turn[what]),
         }
         learned = _weight(place, message["role"], turn.get("weight"))
-        if message["role"] == "assistant" and learned and not message["content"].strip():
+        if message["role"] == "assistant" and learned and is_blank(message["content"]):
             raise ConfigError(
                 f"{place}: the answer is empty ({what!r}), which would teach the model to say "
                 "nothing; write the answer, or remove the turn or the record"

@@ -93,12 +93,26 @@ def plain_fault_of(name: str) -> str | None:
     if unicodedata.normalize("NFKC", name) != name:
         return f"{shown}: it has letters or digits in another form than the usual one (NFKC)"
 
-    words = (unicodedata.name(character, "").partition(" ")[0] for character in name)
-    scripts = sorted({word for word in words if word in LOOK_ALIKE})
-    if len(scripts) > 1:
-        mixed = " and ".join(script.capitalize() for script in scripts)
+    if mixed := _mixed_scripts(name):
         return f"{shown}: it mixes letters of scripts that look alike, {mixed}"
     return None
+
+
+def _mixed_scripts(name: str) -> str:
+    """Return the scripts that look alike of which a name has letters; "" for one or none."""
+    words = (unicodedata.name(character, "").partition(" ")[0] for character in name)
+    scripts = sorted({word for word in words if word in LOOK_ALIKE})
+    return " and ".join(script.capitalize() for script in scripts) if len(scripts) > 1 else ""
+
+
+def mixed_remarks(names: Iterable[str]) -> list[str]:
+    """Return a remark for each name that may look like another, for its letters of two scripts."""
+    return [
+        f"the site {name!r} mixes letters of scripts that look alike, {mixed}, and may be another "
+        "one that is written wrongly; over Flower the name is refused"
+        for name in names
+        if (mixed := _mixed_scripts(name))
+    ]
 
 
 def plain_name(name: str, where: str) -> str:

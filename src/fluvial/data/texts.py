@@ -16,7 +16,7 @@ from fluvial.data.packing import pack
 from fluvial.data.partition import Iid, split
 from fluvial.data.record_kinds import PROMPT, TEXT, commonest
 from fluvial.data.records import Record
-from fluvial.data.site_names import check_names, chosen
+from fluvial.data.site_names import check_names, chosen, mixed_remarks
 from fluvial.data.site_records import SiteRecords
 from fluvial.data.site_remarks import Unknown, unasked
 from fluvial.data.templates import with_template, writes_date
@@ -205,6 +205,7 @@ class SiteTexts:
         self.num_questions = sum(questions.values())
         return [
             *self.notes,
+            *mixed_remarks(self.names),
             *self._remarks(surplus, records),
             *self._cut(left_out),
             *unasked(questions),

@@ -281,7 +281,7 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
                 {"messages": [CHAT[1], {"role": "assistant", "content": empty}]},
                 r"turn 2: the answer is empty \('content'\), .* remove the turn or the record",
             )
-            for empty in ("", " \n", [], [{"type": "text", "text": ""}])
+            for empty in ("", " \n", "\u200b", [], [{"type": "text", "text": ""}])
         ),
         (
             "sharegpt",

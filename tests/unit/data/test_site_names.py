@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_public_key
 from typer.testing import CliRunner
 
 from fluvial.cli import app
-from fluvial.data.site_names import fault_of, plain_fault_of, plain_name
+from fluvial.data.site_names import fault_of, mixed_remarks, plain_fault_of, plain_name
 from fluvial.errors import ConfigError, FluvialError
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
@@ -64,6 +64,12 @@ def test_a_name_that_could_harm_is_refused_and_shown_safely(name: str) -> None:
 
 def test_a_space_that_is_not_plain_is_named_with_its_place() -> None:
     assert "character 4 is a no-break space, which looks like" in str(fault_of("St.\u00a0Mary"))
+
+
+def test_a_name_of_two_scripts_is_remarked() -> None:
+    assert mixed_remarks(["north", "Zürich", "東京 ab"]) == []
+    (remark,) = mixed_remarks(["north", "n\u043erth"])
+    assert "'n\u043erth' mixes letters of scripts that look alike, Cyrillic and Latin" in remark
 
 
 @pytest.mark.parametrize("name", HARMLESS)
