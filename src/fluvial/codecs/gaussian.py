@@ -225,18 +225,11 @@ class Blocks:
 
     def expected_step(self, loudness: Doubles, room: int) -> int:
         """Return the step at which Gaussian blocks take `room` bytes."""
-        low = self.finest(loudness)
-        high = COARSEST
 
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (
-                (middle, high)
-                if self.expected_excess(loudness, middle, room) > 0
-                else (low, middle)
-            )
+        def fits(step: int) -> bool:
+            return self.expected_excess(loudness, step, room) <= 0
 
-        return high
+        return lowest(fits, self.finest(loudness), COARSEST)
 
     def expected_excess(self, loudness: Doubles, step: int, room: int) -> float:
         """Return the bits by which Gaussian blocks go beyond `room` bytes."""
@@ -357,6 +350,16 @@ class Blocks:
         cells = np.repeat((classes * (_LEVELS + 1)).astype(np.int32), self.sizes)
         cells += np.abs(self._levels(values, step, classes))
         return np.bincount(cells, minlength=_costs().size)
+
+
+def lowest(fits: Callable[[int], bool], low: int, high: int, close: int = 1) -> int:
+    """Return the lowest step above `low` that `fits`, or one at most `close` above it; `high` if
+    there is none."""
+    while high - low > close:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+
+    return high
 
 
 @cache

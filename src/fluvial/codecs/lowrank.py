@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fluvial.codecs.base import Codec, CodecSettings, RateSettings, frame_room
-from fluvial.codecs.gaussian import COARSEST, FINEST, OCTAVE, Blocks, Doubles
+from fluvial.codecs.gaussian import COARSEST, FINEST, OCTAVE, Blocks, Doubles, lowest
 from fluvial.codecs.learned.canvas import target
 from fluvial.errors import WireError
 from fluvial.wire.frame import OVERHEAD, Reader
@@ -320,7 +320,7 @@ class _Search:
         step = self._finest(finer, more, audible)
         low = max(step - _NEARBY, finer)
 
-        return audible, _lowest(lambda step: excess(step) <= 0, low, step + _NEARBY, _CLOSE)
+        return audible, lowest(lambda step: excess(step) <= 0, low, step + _NEARBY, _CLOSE)
 
     def _measure(self, audible: int) -> tuple[Callable[[int], float], float]:
         """Return the bits beyond the room by step of the columns as sent at `audible`, and how many
@@ -337,7 +337,7 @@ class _Search:
         def fits(step: int) -> bool:
             return self._expected(step, step if audible is None else audible) + more <= 0
 
-        return _lowest(fits, low, COARSEST)
+        return lowest(fits, low, COARSEST)
 
     def _expected(self, step: int, audible: int) -> float:
         """Return the bits beyond the room, were the columns Gaussian."""
@@ -346,16 +346,6 @@ class _Search:
         loudness = np.concatenate([self._rights[sent], self._lefts[sent]])
         ranks = [each.rank(audible) for each in self._spectra]
         return blocks.expected_excess(loudness, step, self._room - len(_to_bits(ranks)))
-
-
-def _lowest(fits: Callable[[int], bool], low: int, high: int, close: int = 1) -> int:
-    """Return the lowest step above `low` that `fits`, or one at most `close` above it; `high` if
-    there is none."""
-    while high - low > close:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-
-    return high
 
 
 def _least(audible: int) -> float:
