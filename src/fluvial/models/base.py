@@ -30,7 +30,7 @@ from fluvial.models.pretrained import ModelConfig
 from fluvial.models.quantisation import FLOAT, Quantisation
 from fluvial.models.quantised import QuantisedLinear, check_library, formats
 from fluvial.models.states import changed
-from fluvial.models.weight_sources import Source
+from fluvial.models.weight_sources import Finite, Source
 from fluvial.models.weights import check_finite, check_weights
 from fluvial.wire.tensors import Named
 
@@ -113,9 +113,7 @@ class Base:
             if not self._is_held(name):
                 return absent(parameter, self.device)
 
-            weight = self.source.get(name).to(self.device, parameter.dtype, copy=True)
-            check_finite({name: weight}, self.config.name_or_path)
-            return weight
+            return self.source.get(name).to(self.device, parameter.dtype, copy=True)
 
         for path, kind in kinds.items():
             linear: Any = model.get_submodule(path)
@@ -135,7 +133,7 @@ class Base:
 
     @property
     def source(self) -> Source:
-        """The base's weights on disk, in the model's names and types."""
+        """The base's weights on disk, in the model's names and types; all are finite."""
         with self._lock:
             return self._source
 
@@ -144,10 +142,12 @@ class Base:
         in_memory = self.config.model_copy(update={"device": "cpu", "attn_implementation": None})
         folder = weights_folder(self.config)
         if self._holds is None:
-            return open_weights(folder, self.skeleton, partial(load_base, in_memory))
+            stored = open_weights(folder, self.skeleton, partial(load_base, in_memory))
+        else:
+            load = partial(load_held, in_memory, self._holds)
+            stored = open_weights(folder, self.skeleton, load, self._holds)
 
-        load = partial(load_held, in_memory, self._holds)
-        return open_weights(folder, self.skeleton, load, self._holds)
+        return Finite(stored, partial(check_finite, name=self.config.name_or_path))
 
     def blank(self) -> nn.Module:
         """Return a copy of the skeleton whose persistent buffers are the base's."""

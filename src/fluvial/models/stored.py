@@ -1,6 +1,9 @@
-"""The tensors that a model's folder stores: names, shapes and types, from headers alone."""
+"""The tensors that a model's folder stores: names, shapes and types, from headers alone, and those
+whose values are not all finite."""
 
 import json
+from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ _TYPES = {
 _LONGEST = 100_000_000
 """Most bytes of a header; safetensors itself has the same limit."""
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
+_AT_ONCE = 2**24
+"""Bytes of a file that are read at a time, where values are looked at."""
 
 
 def stored_tensors(folder: Path) -> dict[str, Tensor]:
@@ -60,6 +65,69 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
             )
 
     return {}
+
+
+def not_finite(folder: Path) -> dict[str, str]:
+    """Return the stored tensors that hold a value that is not finite, each with the name of its
+    file.
+
+    Each tensor is read once, no more than `_AT_ONCE` bytes at a time, and not again as long as its
+    file is the same.
+    """
+    found: dict[str, str] = {}
+    for file in _files(folder):
+        state = file.stat()
+        names = _not_finite_in(file.resolve(), state.st_size, state.st_mtime_ns)
+        found |= dict.fromkeys(names, file.name)
+    return found
+
+
+@lru_cache(maxsize=1024)
+def _not_finite_in(file: Path, *_state: int) -> tuple[str, ...]:
+    wrong = (name for name, values in _values(file) if not all_finite(values))
+    return tuple(dict.fromkeys(wrong))
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether all values of a float tensor are finite, in one pass over them."""
+    return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the files of a folder that `stored_tensors` has read."""
+    for single in _SINGLE:
+        if (folder / single).is_file():
+            return [folder / single]
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            places = json.loads(index.read_text("utf-8"))["weight_map"]
+            return [folder / name for name in sorted(set(places.values()))]
+
+    return []
+
+
+def _values(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the values of each float tensor of a file, in pieces, with its name."""
+    if file.suffix != ".safetensors":
+        from transformers.modeling_utils import load_state_dict
+
+        stored = load_state_dict(file, map_location="cpu", weights_only=True)  # maps the file
+        yield from (pair for pair in stored.items() if pair[1].dtype in FLOATS)
+        return
+
+    piece = bytearray(_AT_ONCE)
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        entries = json.loads(opened.read(length))
+        for name, entry in entries.items():
+            if name == "__metadata__" or (kind := _TYPES[entry["dtype"]]) not in FLOATS:
+                continue
+
+            start, end = entry["data_offsets"]
+            opened.seek(8 + length + start)
+            for begin in range(start, end, _AT_ONCE):
+                read = opened.readinto(memoryview(piece)[: end - begin])
+                yield name, torch.frombuffer(piece, dtype=kind, count=read // kind.itemsize)
 
 
 def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:

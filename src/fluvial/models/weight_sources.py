@@ -105,6 +105,33 @@ class FolderSource(Source):
         return tensor if kind is None else tensor.to(kind)
 
 
+class Finite(Source):
+    """The tensors of a source, each of which is checked when it is first read."""
+
+    def __init__(self, inner: Source, check: Callable[[Named], None]) -> None:
+        """Read nothing; `check` raises for tensors with a value that is not finite."""
+        self._inner = inner
+        self._check = check
+        self._checked: set[str] = set()
+        self.names = inner.names
+
+    def get(self, name: str) -> Tensor:
+        """Return the tensor of the source."""
+        tensor = self._inner.get(name)
+        if name not in self._checked and tensor.is_floating_point():
+            self._check({name: tensor})
+            self._checked.add(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape in the source."""
+        return self._inner.shape(name)
+
+    def rows(self, name: str, index: Tensor) -> Tensor:
+        """Return rows `index`, and read no others."""
+        return self._inner.rows(name, index)
+
+
 class FileSource(Source):
     """One safetensors file of float tensors, or of frames (one-dimensional, uint8) to decode."""
 

@@ -1,9 +1,11 @@
 """Checks that the weights of a base model are there, whole, and fit its architecture.
 
-Only headers are read: names, shapes and lengths of files. transformers itself says which stored
-tensor becomes which parameter, by loading tensors that have a shape and no values.
+Headers tell names, shapes and lengths of files. transformers itself says which stored tensor
+becomes which parameter, by loading tensors that have a shape and no values. Values are read where
+they are asked for, once and a piece at a time.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -13,15 +15,18 @@ from torch import Tensor, nn
 from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models.building import building
 from fluvial.models.pretrained import ModelConfig, dtype_of, local_folder, source_of
-from fluvial.models.stored import FLOATS, first_line, some, stored_tensors
+from fluvial.models.stored import FLOATS, all_finite, first_line, not_finite, some, stored_tensors
 from fluvial.wire.tensors import Named
 
+logger = logging.getLogger(__name__)
 
-def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
+
+def check_weights(config: ModelConfig, base: nn.Module, *, values: bool = False) -> list[str]:
     """Return notes on the weights of `base`, which is without weights; nothing is downloaded.
 
     Raises `ConfigError` where a file is missing or damaged, where a tensor is missing, has another
-    shape or is no float, and where the folder has layers that its configuration does not count.
+    shape or is no float, where the folder has layers that its configuration does not count, and,
+    with `values`, where a stored value is not finite.
     """
     folder = local_folder(config) or _cached(config)
     if folder is None:
@@ -59,6 +64,8 @@ def check_weights(config: ModelConfig, base: nn.Module) -> list[str]:
     info = _compare(base, config, stored)
     check_info(info, base, config.name_or_path)
     unused = sorted(info["unexpected_keys"])
+    if values:
+        _check_values(config, folder, unused)
 
     return [f"model: {len(unused)} stored tensors are not used: {some(unused)}"] if unused else []
 
@@ -109,14 +116,24 @@ def _numbered(name: str) -> str:
 def check_finite(weights: Named, name: str) -> None:
     """Raise `ConfigError` if a weight of the model `name` is not a finite number."""
     for weight_name, weight in weights.items():
-        if weight.numel() and not all(
-            bool(extreme.isfinite()) for extreme in weight.detach().aminmax()
-        ):
+        if not all_finite(weight):
             raise ConfigError(
                 f"model.name_or_path={name!r}: {weight_name} holds values that are not finite "
                 f"in {weight.dtype}; if the folder has another type, set model.dtype to it, "
                 "else copy the folder again"
             )
+
+
+def _check_values(config: ModelConfig, folder: Path, unused: list[str]) -> None:
+    """Raise `ConfigError` for a stored value that is not finite, of a tensor that is used."""
+    logger.info("reading the weights once")
+    wrong = {name: file for name, file in not_finite(folder).items() if name not in unused}
+    if wrong:
+        raise ConfigError(
+            f"model.name_or_path={config.name_or_path!r}: {some(sorted(wrong))} (in "
+            f"{min(wrong.values())}) holds values that are not finite; copy the folder again, or "
+            "name another model"
+        )
 
 
 def _compare(base: nn.Module, config: ModelConfig, stored: dict[str, Tensor]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run
     would refuse.
 
-    The model's weights are not loaded, and with `weights_needed=False` not looked at. Sizes are in
+    The model's weights are read once and not kept, and with `weights_needed=False` not looked at. Sizes are in
     bytes; the memory of a site leaves out activations.
     """
     device = resolve_device(config.model.device)
@@ -68,7 +68,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     check_tokenizer(tokenizer, base, config.model.name_or_path)
     check_attention(config.model, device)
     check_trackers(config.report_to)
-    weights = check_weights(config.model, base) if weights_needed else []
+    weights = check_weights(config.model, base, values=True) if weights_needed else []
     parameters = sum(parameter.numel() for parameter in base.parameters())
     texts = _texts(config, tokenizer, base)
     config, choosing = shown(config, texts)

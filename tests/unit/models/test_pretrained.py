@@ -261,6 +261,43 @@ def test_a_weight_that_is_no_number_is_refused(base: Path) -> None:
         load_base(config(base))
 
 
+@pytest.mark.parametrize("stored", ["safetensors", "shards", "bin"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_check_reads_each_weight_once_and_names_the_one_that_is_no_number(
+    value: float, stored: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fluvial.models.stored._AT_ONCE", 64)
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(base / "model.safetensors")
+    weights[name][-1, -1] = value
+    weights["unused.weight"] = torch.full((2,), value)
+    (base / "model.safetensors").unlink()
+    if stored == "bin":
+        torch.save(weights, base / "pytorch_model.bin")
+    elif stored == "safetensors":
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    else:
+        save_file(weights, base / "a.safetensors", metadata={"format": "pt"})
+        index = {"weight_map": dict.fromkeys(weights, "a.safetensors")}
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    found = meta_base(config(base))
+    with pytest.raises(ConfigError, match=rf"'{name}' \(in .*\) holds values that are not finite"):
+        check_weights(config(base), found, values=True)
+    assert check_weights(config(base), found)  # the headers alone are whole
+
+
+def test_a_weight_that_is_no_number_is_refused_where_all_weights_are_tuned(base: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors(lambda stored: stored | {name: stored[name].clone().fill_(float("inf"))})(base)
+    pool = ModelPool(config(base), None)
+    with (
+        pytest.raises(ConfigError, match=f"{name} holds values that are not finite"),
+        pool.model(pool.base_state(), trainable=pool.layout.names),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("told", ["dtype", "torch_dtype", "by its weights"])
 def test_the_type_is_the_folder_s_own(kind: str, told: str, base: Path, tmp_path: Path) -> None:
