@@ -453,6 +453,18 @@ def test_a_setting_of_later_rounds_is_a_remark(name: str, run_config: Table) -> 
     assert not remarks(row.base, row.otherwise, row.setting)
 
 
+def test_a_warm_up_that_is_longer_than_a_round_is_a_remark(run_config: Table) -> None:
+    def remarks(warmup: int) -> list[str]:
+        train = {"train": {"max_steps": 4, "warmup_steps": warmup}}
+        notes = plan(parse(merged([run_config, {"method": {"name": "fedavg"}}, train], {}), "test"))
+        return [note for note in notes["notes"] if note.startswith("train.warmup_steps")]
+
+    (remark,) = remarks(1000)
+    assert "train.warmup_steps = 1,000: no site takes more than 4 optimizer steps" in remark
+    assert "0.4% of train.learning_rate" in remark
+    assert not remarks(4)
+
+
 def test_one_step_has_a_constant_rate(run_config: Table) -> None:
     train = {"train": {"max_steps": 1, "lr_scheduler_type": "constant"}}
     plan(parse(merged([run_config, {"method": {"name": "fedavg"}}, train], {}), "test"))

@@ -51,6 +51,7 @@ def idle_remarks(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str
     for place, why in _chosen(config, later):
         yield f"{place}: without effect in this run, because {why}"
 
+    yield from _long_warmup(config, planned, texts)
     yield from planned.remarks()
     if isinstance(texts, SiteTexts):
         yield from slow_types(config.model, autocast=config.train.bf16)
@@ -87,6 +88,22 @@ def _idle_in_steps(config: RunConfig, planned: Plan, texts: Texts) -> dict[str, 
     why = "no site takes more than one optimizer step in a round"
     flat = config.train.lr_scheduler_type == "constant"  # which is what one step has
     return {place: why for place in _OF_STEPS if not (flat and place == _SCHEDULE)}
+
+
+def _long_warmup(config: RunConfig, planned: Plan, texts: Texts) -> Iterator[str]:
+    """Yield a remark where the warm-up is longer than a round, whose learning rate thus never
+    reaches its peak: the schedule begins anew in each round."""
+    steps = _steps(config, planned, texts)
+    warmup = config.train.warmup_steps
+    if steps is None or warmup <= steps:
+        return
+    remedy = f"set fewer than {steps:,}, or train.warmup_ratio" if steps > 1 else "remove it"
+    yield (
+        f"train.warmup_steps = {warmup:,}: no site takes more than {steps:,} optimizer "
+        f"{'step' if steps == 1 else 'steps'} in a round, so the learning rate rises to "
+        f"{steps / warmup:.1%} of train.learning_rate at most, and begins anew in each round; "
+        f"{remedy}"
+    )
 
 
 def _steps(config: RunConfig, planned: Plan, texts: Texts) -> int | None:
