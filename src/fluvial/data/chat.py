@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fluvial.data.examples import IGNORE_INDEX, Example, Question
 from fluvial.data.records import Chat, Message
-from fluvial.data.template_work import check_work
+from fluvial.data.template_work import check_template
 from fluvial.data.templates import dated
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
@@ -261,9 +261,7 @@ def _render(
 ) -> str:
     known = dated(tokenizer)
     try:
-        template = known.get_chat_template()
-        tokens = known.special_tokens_map
-        check_work(template, messages, tokens, add_generation_prompt=add_generation_prompt)
+        check_template(known, messages, add_generation_prompt)
         text: str = known.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )

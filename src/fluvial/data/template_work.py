@@ -21,6 +21,7 @@ from jinja2.utils import generate_lorem_ipsum
 from jinja2.visitor import NodeTransformer
 
 from fluvial.errors import ConfigError
+from fluvial.models.hf import PreTrainedTokenizerBase
 
 MOST = 5_000_000
 """Characters that the rendering of a conversation may take; seconds, if all of it are steps."""
@@ -57,6 +58,16 @@ def check_work(
         raise _TooMuchError("it needs too much memory") from error
     finally:
         _left.reset(token)
+
+
+def check_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], prompts: bool
+) -> None:
+    """Check the work of a tokenizer's chat template (see `check_work`); `prompts` says that it
+    writes what stands before an answer."""
+    template = tokenizer.get_chat_template()
+    tokens = tokenizer.special_tokens_map
+    check_work(template, messages, tokens, add_generation_prompt=prompts)
 
 
 def _charge(amount: float) -> None:

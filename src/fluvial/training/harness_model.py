@@ -11,11 +11,15 @@ from typing import Any
 
 import lm_eval.evaluator
 import tqdm.std
+from jinja2 import TemplateError
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor, nn
 
+from fluvial.data.template_work import check_template
 from fluvial.data.templates import dated
+from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
+from fluvial.models.stored import first_line
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,28 @@ class LoadedModel(HFLM):  # type: ignore[misc] # lm-eval has no types
 
         self.cut_prompts = 0
         """Prompts that lost their beginning because the model's context is shorter."""
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """Return the text of a conversation; raises `ConfigError` for a template that takes too
+        much work (see `check_work`) or cannot render it."""
+        without = [turn for turn in chat_history if turn["role"] != "system"]  # lm-eval's remedy
+        try:
+            for turns in (chat_history, without):
+                try:
+                    check_template(self.tokenizer, turns, add_generation_prompt)
+                    break
+                except TemplateError:
+                    continue
+            rendered: str = super().apply_chat_template(chat_history, add_generation_prompt)
+        except Exception as error:  # a template is a program: it may raise what a program raises
+            raise ConfigError(
+                f"--apply-chat-template: the tokenizer's chat template fails: {first_line(error)}; "
+                "remove the option, or change the template"
+            ) from error
+
+        return rendered
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **options: Any

@@ -180,3 +180,33 @@ def test_a_template_writes_the_date_that_training_has(tiny_model: Path) -> None:
     asked = LoadedModel(model, with_template(byte_level(), template), batch_size=1, context=64)
     turn = {"role": "user", "content": "hello"}
     assert asked.apply_chat_template([turn]).startswith("2024")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ 'x' * 3000000000 }}", "more work"),
+        (
+            "{% for m in messages %}{{ raise_exception('no such role') }}{% endfor %}",
+            "no such role",
+        ),
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    ],
+)
+def test_a_template_is_bounded_where_lm_eval_renders_it(
+    template: str, why: str, tiny_model: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from fluvial.training.harness_model import LoadedModel
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    turns = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hello"}]
+    asked = LoadedModel(model, with_template(byte_level(), template), batch_size=1, context=64)
+    with pytest.raises(ConfigError, match=rf"--apply-chat-template: .*{why}"):
+        asked.apply_chat_template(turns)
+
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}"
+    strict += "{% endif %}{{ m.content }}{% endfor %}"
+    without = LoadedModel(model, with_template(byte_level(), strict), batch_size=1, context=64)
+    assert without.apply_chat_template(turns) == "hello"
