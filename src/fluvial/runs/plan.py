@@ -55,8 +55,8 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     """Check `config` with its model's shapes and its data; raises `ConfigError` for what a run
     would refuse.
 
-    The model's weights are read once and not kept, and with `weights_needed=False` not looked at. Sizes are in
-    bytes; the memory of a site leaves out activations.
+    The model's weights are read once and not kept, and with `weights_needed=False` not looked at.
+    Sizes are in bytes; the memory of a site leaves out activations.
     """
     device = resolve_device(config.model.device)
     if config.model.quantisation:
