@@ -26,9 +26,8 @@ from fluvial.cli import (
     site,
     submit,
 )
-from fluvial.cli.console import CLICK_SUGGESTS, LogFormat, err, out
+from fluvial.cli.console import CLICK_SUGGESTS, LogFormat, out, print_error
 from fluvial.errors import FluvialError
-from fluvial.formatting import safe_text
 
 app = typer.Typer(
     help="Fine-tune one language model over many sites whose data must stay where it is.",
@@ -70,14 +69,12 @@ def main() -> None:
     try:
         app()
     except FluvialError as error:
-        err.print(f"[red]{type(error).__name__}[/]: ", end="")
-        err.print(safe_text(str(error)), markup=False)
+        print_error(type(error).__name__, str(error))
         sys.exit(1)
     except OSError as error:
         if error.errno not in OF_THE_MACHINE or error.filename is None:
             raise
-        err.print("[red]OSError[/]: ", end="")
-        err.print(f"{safe_text(str(error.filename))}: {error.strerror}", markup=False)
+        print_error("OSError", f"{error.filename}: {error.strerror}")
         sys.exit(1)
 
 

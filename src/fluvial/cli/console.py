@@ -2,9 +2,10 @@
 
 import json
 import logging
+import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -143,3 +144,16 @@ def program_name() -> list[str]:
     if called.name == "__main__.py":
         return [sys.executable, "-m", "fluvial.cli"]
     return [called.name if shutil.which(called.name) else str(called)]
+
+
+def repeated_command(options: Sequence[str]) -> str:
+    """Return the command with which this program was called, and more options, for a shell."""
+    return shlex.join([*program_name(), *sys.argv[1:], *options])
+
+
+def print_error(kind: str, message: str) -> None:
+    """Print an error to standard error; an indented line, such as a command, is not broken at the
+    width of the terminal, so that it can be copied."""
+    err.print(f"[red]{kind}[/]: ", end="")
+    for line in safe_text(message).split("\n"):
+        err.print(line, markup=False, soft_wrap=line.startswith("  "))

@@ -1,6 +1,5 @@
 """The questions of `fluvial init`: options answer them, or a person on a terminal does."""
 
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,22 +8,25 @@ from typing import TypeVar
 
 import typer
 
-from fluvial.cli.console import err
+from fluvial.cli.console import err, repeated_command
 from fluvial.cli.progress import spinner
-from fluvial.data.faults import Faults
+from fluvial.data.faults import DataError, Faults
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
 from fluvial.runs.proposal import sites as known
-from fluvial.runs.proposal.columns import as_options, names_shown, of_one_source, renamed_columns
+from fluvial.runs.proposal.columns import names_shown, of_one_source, renamed_columns
 from fluvial.runs.proposal.given import Given, read_given
 from fluvial.runs.proposal.heldout import Heldout, fitted
 from fluvial.runs.proposal.limits import LIMITS, Limit, limits_of, reads_public
 from fluvial.runs.proposal.models import ModelFacts, look_at_model
-from fluvial.runs.proposal.records import DataFacts, facts_about, read_records
+from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, read_records
 from fluvial.runs.proposal.separate import named_sources, separate, site_names
 from fluvial.runs.proposal.sites import Sites, answer_pairs, sites_by_source
+from fluvial.runs.proposal.undecided import UndecidedError, likely_fields, unknown_answer
 
 T = TypeVar("T")
+NO_ANSWER = "none"
+"""Word typed for the column of the answers where there is none."""
 
 
 @dataclass(frozen=True)
@@ -109,16 +111,20 @@ class Interview:
 
     def _raise_faults(self, named: Given, faults: Faults) -> None:
         """Raise those of the options, of the model and of the records in one error."""
+        missing: list[str] = []
         name = self.given.model
         unfit = None if name is None else _error_of(self._look, name)
         if unfit is not None:
             faults.include(unfit)
         if not self.given.asks or named.is_faulty or faults.count:
             facts = None if name is None or unfit is not None else self._look(name)
-            named.include_faults(self.renamed, self._decide, facts, faults)
+            missing = named.include_faults(self.renamed, self._decide, facts, faults)
         if unfit is not None and faults.count == 1:
             raise unfit  # it may be of a kind of its own
-        faults.raise_any()
+        try:
+            faults.raise_any()
+        except DataError as error:
+            raise _with_command(error, missing) from None
 
     def _decide(self, facts: DataFacts) -> None:
         """Raise what the records of one source leave undecided, where nobody can be asked."""
@@ -152,9 +158,7 @@ class Interview:
         else:
             with spinner("reading the records"):
                 files = read_records(named_sources([name])[0][1])
-        return facts_about(
-            files, self._of_all, partial(_columns, name) if self.given.asks else None
-        )
+        return facts_about(files, self._of_all, _columns if self.given.asks else None)
 
     def _sites(self, records: DataFacts) -> Sites:
         """Return the partition that is given, found or answered."""
@@ -196,9 +200,11 @@ class Interview:
             return found
 
         hint = f" (perhaps {' or '.join(likely[:3])})" if likely else ""
-        raise ConfigError(
+        raise UndecidedError(
             f"--site-column: no column of {records.source!r} is certain to name the owner of a "
-            f"record{hint}; name it, or divide the records into equal shares with --sites 4"
+            f"record{hint}; name it, or divide the records into equal shares with --sites 4",
+            {},
+            ["--site-column", likely[0]] if likely else ["--sites", "4"],
         )
 
     def _with_answers(self, records: DataFacts, sites: Sites) -> DataFacts:
@@ -210,24 +216,20 @@ class Interview:
         if not pairs:
             return records
 
+        if not self.given.asks:
+            raise unknown_answer(records.source, pairs)
         text = pairs[0][0]
         names = " or ".join(repr(answer) for _, answer in pairs)
-        if not self.given.asks:
-            alone = shlex.quote(f"text={text}")
-            raise ConfigError(
-                f"--column: {names} may be the answer to the text {text!r}. To learn it: "
-                f"{as_options(*pairs[0])}. To learn the text alone: --column {alone}"
-            )
 
         def read(answer: str) -> DataFacts:
-            if answer == "none":
+            if answer == NO_ANSWER:
                 return records
             return facts_about(records.files, {"prompt": text, "completion": answer})
 
         question = safe_text(
             f"Column with the answer to {text!r}, perhaps {names}; none: text alone"
         )
-        return self._answer(question, None, "--column", read, "none")
+        return self._answer(question, None, "--column", read, NO_ANSWER)
 
     def _limits(self, given: frozenset[Limit] | None) -> frozenset[Limit]:
         """Return the limits that are given or answered."""
@@ -304,13 +306,27 @@ def _confirm_owner(column: str, found: Sites) -> None:
         raise ConfigError("name the column of the owners, 'file', or a number of equal shares")
 
 
-def _columns(source: str, names: Sequence[str]) -> dict[str, str]:
-    """Return the columns of question and answer, or of a text, as the user answers."""
-    err.print(f"  columns of {safe_text(source)}: {safe_text(names_shown(names))}", markup=False)
-    first = typer.prompt("Column with the text, or with the question", err=True)
-    question = "Column with the answer, or Enter where there is none"
-    answer = typer.prompt(question, default="", show_default=False, err=True)
-    return {"prompt": first, "completion": answer} if answer else {"text": first}
+def _columns(files: RecordFiles) -> dict[str, str]:
+    """Return the columns of question and answer, or of a text, as the user answers; the likeliest
+    are proposed."""
+    columns = safe_text(names_shown(files.names))
+    err.print(f"  columns of {safe_text(files.source)}: {columns}", markup=False)
+    likely = likely_fields(files.names, files.rows)
+    proposed = likely.get("prompt", likely.get("text"))
+    first = typer.prompt("Column with the question, or with a text alone", proposed, err=True)
+    question = "Column with the answer; none: text alone"
+    answer = typer.prompt(question, default=likely.get("completion", NO_ANSWER), err=True)
+    return {"text": first} if answer == NO_ANSWER else {"prompt": first, "completion": answer}
+
+
+def _with_command(error: DataError, missing: Sequence[str]) -> DataError:
+    """Return the error with the command that was given and the `missing` options, if there are
+    some."""
+    if not missing:
+        return error
+    return DataError(
+        [f"{error}\nThe command with the likeliest answers:\n  {repeated_command(missing)}"]
+    )
 
 
 def _check_public(public: str | None, reads_public: bool) -> None:

@@ -187,7 +187,7 @@ def test_columns_of_one_of_several_sources(tiny_model: Path) -> None:
     with pytest.raises(ConfigError, match=words):
         run_init("--force", "--yes", *sources, *oslo)
     missing = "--heldout: there is no file"
-    every = f"(?s)3 faults.*{words}.*'oslo.jsonl': which of the columns q, a .*{missing}"
+    every = f"(?s)3 faults.*{words}.*'oslo.jsonl': which of the columns q, a are .*{missing}"
     with pytest.raises(ConfigError, match=every):
         run_init("--force", "--yes", *sources, "--heldout", "held.jsonl")
     with pytest.raises(ConfigError, match="--column bern:...: no --data makes a site 'bern'"):
@@ -465,8 +465,7 @@ def test_a_guess_looks_into_objects_where_the_columns_fit_no_form() -> None:
         {"abstract": "a long text", "meta": {"note": "n"}},  # another text is beside it
         {"x": {"turns": "a text"}},
     ):
-        with pytest.raises(ConfigError, match="which of the columns .* is the text"):
-            guess(unsure)
+        assert guess(unsure) is None
 
 
 def test_a_message_lists_no_more_than_twenty_columns() -> None:
@@ -622,14 +621,15 @@ def test_models_that_cannot_be_tuned_are_named(tiny_model: Path) -> None:
     ],
 )
 def test_columns_are_guessed(columns: list[str], form: str, renamed: dict[str, str] | None) -> None:
-    found, rename = guessed_columns(columns)
+    found, rename = guessed_columns(columns) or ("", {})
     assert found == form
     assert renamed is None or rename == renamed
 
 
 def test_columns_that_fit_no_form_are_refused() -> None:
+    assert guessed_columns(["a", "b"]) is None
     with pytest.raises(ConfigError, match="--column prompt=COLUMN"):
-        guessed_columns(["a", "b"])
+        facts_about(read_records(written([{"a": "1", "b": "2"}])), {})
 
 
 def test_an_owner_is_named_in_each_record() -> None:

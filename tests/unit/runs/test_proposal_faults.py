@@ -65,7 +65,7 @@ def test_faults_of_several_files_of_several_kinds() -> None:
         "bern.jsonl, line 4: field 'completion' is missing",
         "lima.csv, line 3: has 1 cells, the header has 2",
         "lima.csv, line 4: the answer is empty",
-        "--data 'oslo.jsonl': which of the columns x, y is the text?",
+        "--data 'oslo.jsonl': which of the columns x, y are question and answer",
         "rome.json: begins with the mark of utf-16",
         "riga.jsonl, line 3: field 'prompt' must be text, and is null",
         "--data: there is no file or folder 'no.jsonl'",

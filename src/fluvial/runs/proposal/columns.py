@@ -3,7 +3,7 @@
 import re
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fluvial.data.forms import (
@@ -64,25 +64,18 @@ MOST_CLASSES = 20
 
 def guessed_columns(
     columns: Sequence[str], rows: Sequence[Row] = ()
-) -> tuple[Form, dict[str, str]]:
+) -> tuple[Form, dict[str, str]] | None:
     """Return the form of records with these columns, and the columns to rename (our field = the
-    column); raises `ConfigError` where none fits.
+    column), None where none fits.
 
     Fields within an object of the `rows` are looked at where none of the columns fit.
     """
     found = _guessed(columns)
-    if found is None:
-        within = [_guessed_within(outer, columns, rows) for outer in _objects(columns, rows)]
-        fitting = [each for each in within if each is not None]
-        found = fitting[0] if len(fitting) == 1 else None
     if found is not None:
         return found
-
-    raise ConfigError(
-        f"--data: which of the columns {names_shown(columns)} is the text? Name it with "
-        "--column text=COLUMN, or question and answer with --column prompt=COLUMN --column "
-        "completion=COLUMN"
-    )
+    within = [_guessed_within(outer, columns, rows) for outer in _objects(columns, rows)]
+    fitting = [each for each in within if each is not None]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def _guessed(columns: Sequence[str]) -> tuple[Form, dict[str, str]] | None:
@@ -199,7 +192,7 @@ def owner_columns(rows: Sequence[Row], columns: Sequence[str]) -> list[str]:
 def numbers_records(rows: Sequence[Row], column: str) -> bool:
     """Return whether a column tells records apart: by its name, or by a number or a code of each,
     without spaces and of about one length, such as W-0001."""
-    if set(_words(column)) & set(NUMBERS):
+    if has_word_of(column, NUMBERS):
         return True
     values = [value_of(row, column) or "" for row in rows]
     if len(set(values)) < len(values):
@@ -213,7 +206,7 @@ def may_be_answers(rows: Sequence[Row], column: str) -> bool:
     """Return whether a column may hold the answers to a text: short values, of two kinds or more,
     in nine of ten records, that do not tell records apart, and no name that is usual for something
     else."""
-    if set(_words(column)) & {*ABOUT, *OWNERS} or numbers_records(rows, column):
+    if has_word_of(column, (*ABOUT, *OWNERS)) or numbers_records(rows, column):
         return False
     cells = [row.cells.get(column) for row in rows]
     values = [
@@ -244,6 +237,11 @@ def as_options(text: str, answer: str, site: str = "") -> str:
 def is_usual_owner(column: str) -> bool:
     """Return whether a column's name is usual for the owner of a record."""
     return _rank(column) < len(OWNERS)
+
+
+def has_word_of(column: str, words: Collection[str]) -> bool:
+    """Return whether the name of a column has one of the words."""
+    return not set(_words(column)).isdisjoint(words)
 
 
 def _rank(column: str) -> int:

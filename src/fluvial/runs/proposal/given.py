@@ -11,6 +11,7 @@ from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, readable_records
 from fluvial.runs.proposal.same_form import parts_in_one_form
 from fluvial.runs.proposal.separate import named_sources, parts_of
+from fluvial.runs.proposal.undecided import UndecidedError, missing_options, noting
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,9 @@ class Given:
         decide: Callable[[DataFacts], object],
         model: ModelFacts | None,
         faults: Faults,
-    ) -> None:
-        """Add the faults of all files to `faults`, at least some of each file.
+    ) -> list[str]:
+        """Add the faults of all files to `faults`, at least some of each file, and return the
+        options that would answer what they leave undecided, as words of a command.
 
         `columns` has those that the caller renames by site, and under "" those of all sites.
         `decide` raises `ConfigError` for records of one source without sites or answers. Where
@@ -43,12 +45,13 @@ class Given:
         and the length of the `model`, where it is known.
         """
         parts: dict[str, DataFacts] = {}
+        undecided: dict[str, UndecidedError] = {}
         if len(self.data) > 1:
-            parts = parts_of(self.data, columns, None, self.faults)
+            parts = parts_of(self.data, columns, None, self.faults, undecided)
         elif self.data and self.data[0].rows:
             files = self.data[0]
             whole = not self.faults[files.source].count
-            with self.faults[files.source].catch():
+            with noting(self.faults[files.source], undecided):
                 parts[ALL] = facts_about(files, columns.get("", {}))
                 if whole:
                     decide(parts[ALL])
@@ -64,6 +67,7 @@ class Given:
                 include_unfit(list(parts.values()), heldout, model, self.faults)
 
         faults.include_evenly(list(self.faults.values()))
+        return missing_options(undecided, len(self.data))
 
 
 def read_given(data: Sequence[str], heldout: Sequence[str], public: str | None) -> Given:

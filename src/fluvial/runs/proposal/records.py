@@ -13,14 +13,14 @@ from fluvial.data.records import Record, RecordReader
 from fluvial.data.rows import Number, Row, Table, columns_of
 from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
-from fluvial.runs.proposal.columns import (
-    form_of,
-    guessed_columns,
-)
+from fluvial.runs.proposal.columns import form_of, guessed_columns
 from fluvial.runs.proposal.file_reading import usual_reading
+from fluvial.runs.proposal.undecided import unknown_columns
 from fluvial.storage import toml
 from fluvial.storage.paths import BUNDLED
 
+Ask = Callable[["RecordFiles"], Mapping[str, str]]
+"""Question for the columns to rename: our field = the file's column."""
 SAMPLE = 2000
 """Records that are tokenised to know their lengths."""
 
@@ -172,24 +172,23 @@ def readable_records(source: str, option: str, faults: Faults) -> RecordFiles:
 def facts_about(
     files: RecordFiles,
     columns: Mapping[str, str],
-    ask: Callable[[Sequence[str]], Mapping[str, str]] | None = None,
+    ask: Ask | None = None,
+    site: str = "",
 ) -> DataFacts:
     """Return the facts about records; `columns` are those that the caller renames.
 
     Where no form fits the columns, `ask` returns those to rename. Raises `ConfigError` where no
-    form fits.
+    form fits, `UndecidedError` where nothing is renamed; it names the columns for `site` alone.
     """
     names = files.names
     try:
         form, renamed = (
-            (form_of(names, columns), dict(columns))
-            if columns
-            else guessed_columns(names, files.rows)
+            (form_of(names, columns), dict(columns)) if columns else _guessed(files, site)
         )
     except ConfigError:
         if ask is None:
             raise
-        renamed = dict(ask(names))
+        renamed = dict(ask(files))
         form = form_of(names, renamed)
 
     texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form]]
@@ -198,3 +197,10 @@ def facts_about(
     )
     changed = {field: column for field, column in renamed.items() if field != column}
     return DataFacts(files, form, changed, numbers)
+
+
+def _guessed(files: RecordFiles, site: str) -> tuple[Form, dict[str, str]]:
+    guessed = guessed_columns(files.names, files.rows)
+    if guessed is None:
+        raise unknown_columns(files.source, files.names, files.rows, site)
+    return guessed

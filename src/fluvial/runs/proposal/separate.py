@@ -2,9 +2,8 @@
 
 import shlex
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from fluvial.data.faults import Faults, listed
@@ -12,25 +11,27 @@ from fluvial.data.site_names import composed, fault_of
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.records import (
+    Ask,
     DataFacts,
     RecordFiles,
     SeparateFacts,
     facts_about,
 )
 from fluvial.runs.proposal.sites import Sites, answer_pairs
+from fluvial.runs.proposal.undecided import UndecidedError, noting, unknown_answer
 
 
 def separate(
     sources: Sequence[RecordFiles],
     columns: Mapping[str, Mapping[str, str]],
-    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None = None,
+    ask: Ask | None = None,
 ) -> SeparateFacts:
     """Return the facts about several sources, each of them a site's, which is named after it.
 
     See `parts_of` for `columns` and `ask`. Raises `DataError` with the faults of all sources.
     """
     faults = Faults()
-    parts = parts_of(sources, columns, ask, defaultdict(lambda: faults))
+    parts = parts_of(sources, columns, ask, defaultdict(lambda: faults), {})
     faults.raise_any()
 
     files = RecordFiles(
@@ -45,15 +46,17 @@ def separate(
 def parts_of(
     sources: Sequence[RecordFiles],
     columns: Mapping[str, Mapping[str, str]],
-    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
+    ask: Ask | None,
     faults: Mapping[str, Faults],
+    undecided: dict[str, UndecidedError],
 ) -> dict[str, DataFacts]:
     """Return the facts about each source that has rows, by its site.
 
-    `columns` has those that the caller renames by site, and under "" those of all sites. `ask`
-    takes a source and its columns, also where a text may have its answer beside it. Two sources of
+    `columns` has those that the caller renames by site, and under "" those of all sites. `ask` is
+    called for those of a source, also where a text may have its answer beside it. Two sources of
     one name, columns that fit no form, and plain text beside questions with answers go to `faults`
-    of the source, and what concerns several sources to those of "".
+    of the source, and what concerns several sources to those of ""; columns that nobody can be
+    asked for go to `undecided` too, by site.
     """
     parts: dict[str, DataFacts] = {}
     names: list[str] = []
@@ -68,7 +71,8 @@ def parts_of(
             names.append(name)
             if files.rows:
                 own = {**columns.get("", {}), **columns.get(name, {})}
-                parts[name] = _part(name, files, own, ask)
+                with noting(faults[files.source], undecided, name):
+                    parts[name] = _part(name, files, own, ask)
 
     for name in columns.keys() - {"", *names}:
         faults[""].add(
@@ -154,12 +158,14 @@ def _part(
     name: str,
     files: RecordFiles,
     columns: Mapping[str, str],
-    ask: Callable[[str, Sequence[str]], Mapping[str, str]] | None,
+    ask: Ask | None,
 ) -> DataFacts:
     """Return the facts about the source of one of several sites."""
     source = files.source
     try:
-        part = facts_about(files, columns, None if ask is None else partial(ask, source))
+        part = facts_about(files, columns, ask, name)
+    except UndecidedError:
+        raise
     except ConfigError as error:
         options = as_options("COLUMN", "COLUMN", name)
         fault = str(error).removeprefix("--data: ")
@@ -167,13 +173,7 @@ def _part(
 
     pairs = [] if columns else answer_pairs(part, Sites({}, {}, ""))
     if pairs and ask is not None:
-        return facts_about(files, ask(source, files.names))
+        return facts_about(files, ask(files))
     if pairs:
-        text, answer = pairs[0]
-        names = " or ".join(repr(each) for _, each in pairs)
-        alone = shlex.quote(f"{name}:text={text}")
-        raise ConfigError(
-            f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
-            f"{as_options(text, answer, name)}. To learn the text alone: --column {alone}"
-        )
+        raise unknown_answer(source, pairs, name)
     return part

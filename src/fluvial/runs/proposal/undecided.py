@@ -1,0 +1,136 @@
+"""Questions that records leave open, and the options of `fluvial init` that would answer them."""
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+
+from fluvial.data.faults import Faults
+from fluvial.data.rows import Row
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.columns import (
+    ABOUT,
+    OWNERS,
+    as_options,
+    has_word_of,
+    kinds,
+    may_be_answers,
+    names_shown,
+    numbers_records,
+    value_of,
+)
+
+LOOKED_AT = 1000
+"""Records from which columns are guessed."""
+
+
+class UndecidedError(ConfigError):
+    """Records leave a question open that options answer, and nobody can be asked."""
+
+    def __init__(
+        self, message: str, columns: Mapping[str, str], options: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.columns = columns
+        """Likeliest columns to rename: our field = the file's column."""
+        self.options = options
+        """Likeliest other options, as words of a command."""
+
+
+@contextmanager
+def noting(faults: Faults, undecided: dict[str, UndecidedError], site: str = "") -> Iterator[None]:
+    """Add the faults of a `ConfigError` that is raised within to `faults`, and the question that it
+    leaves open for a site to `undecided`."""
+    try:
+        yield
+    except ConfigError as error:
+        if isinstance(error, UndecidedError):
+            undecided[site] = error
+        faults.include(error)
+
+
+def likely_fields(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Return the columns that are likeliest question and answer, or a text alone; nothing where no
+    column has words.
+
+    Of several columns with words, the two longest are meant, the question before the answer; one
+    whose name is usual for something else only where it is the longest. The answer to the only one
+    is a label.
+    """
+    some = rows[:LOOKED_AT]
+    values = {name: _filled(some, name) for name in columns}
+    wordy = [name for name in columns if _has_words(values[name])]
+    wordy = [name for name in wordy if not numbers_records(some, name)]
+    wordy.sort(key=lambda name: -fmean(map(len, values[name])))
+    meant = wordy[:1] + [name for name in wordy[1:] if not has_word_of(name, (*ABOUT, *OWNERS))]
+    if not meant:
+        return {}
+    if len(meant) > 1:
+        first, second = sorted(meant[:2], key=columns.index)
+        return {"prompt": first, "completion": second}
+
+    (text,) = meant
+    labels = [name for name in columns if name != text and may_be_answers(some, name)]
+    if not labels:
+        return {"text": text}
+    return {"prompt": text, "completion": min(labels, key=lambda name: kinds(some, name))}
+
+
+def unknown_columns(
+    source: str, columns: Sequence[str], rows: Sequence[Row], site: str = ""
+) -> UndecidedError:
+    """Return the error for columns that fit no form, of all records or of those of a site."""
+    likely = likely_fields(columns, rows)
+    mark = f"{site}:" if site else ""
+    text = shlex.quote(f"{mark}text={likely.get('text', likely.get('prompt', 'COLUMN'))}")
+    pair = as_options(likely.get("prompt", "COLUMN"), likely.get("completion", "COLUMN"), site)
+    ways = [f"question and answer: {pair}", f"a text alone: --column {text}"]
+    if "text" in likely:
+        ways.reverse()
+    return UndecidedError(
+        f"--data {source!r}: which of the columns {names_shown(columns)} are question and answer, "
+        f"or which one is the text? {'Perhaps' if likely else 'Name'} {'; or '.join(ways)}",
+        likely,
+    )
+
+
+def unknown_answer(source: str, pairs: Sequence[tuple[str, str]], site: str = "") -> UndecidedError:
+    """Return the error for a text beside which columns may hold its answer, see `answer_pairs`."""
+    text, answer = pairs[0]
+    names = " or ".join(repr(each) for _, each in pairs)
+    alone = shlex.quote(f"{site}:text={text}" if site else f"text={text}")
+    return UndecidedError(
+        f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
+        f"{as_options(text, answer, site)}. To learn the text alone: --column {alone}",
+        {"prompt": text, "completion": answer},
+    )
+
+
+def missing_options(undecided: Mapping[str, UndecidedError], num_sources: int) -> list[str]:
+    """Return the options that answer what each site leaves open, as words of a command.
+
+    Where each of the sources leaves the same columns open, these are named once.
+    """
+    columns = {site: error.columns for site, error in undecided.items()}
+    first = next(iter(columns.values()), {})
+    if len(columns) == num_sources and all(own == first for own in columns.values()):
+        columns = {"": first}
+    words = [
+        word
+        for site, own in columns.items()
+        for field, column in own.items()
+        for word in ("--column", f"{site}:{field}={column}" if site else f"{field}={column}")
+    ]
+    return [*words, *(word for error in undecided.values() for word in error.options)]
+
+
+def _filled(rows: Sequence[Row], column: str) -> list[str]:
+    """Return the texts of a column, nothing where more than a tenth of the records have none."""
+    texts = [text for row in rows if (text := value_of(row, column)) is not None]
+    return texts if len(texts) >= 0.9 * len(rows) else []
+
+
+def _has_words(texts: Sequence[str]) -> bool:
+    """Return whether most texts have several words, or letters of a script that may not divide
+    them."""
+    return 2 * sum(" " in text.strip() or not text.isascii() for text in texts) > len(texts)

@@ -1,0 +1,97 @@
+"""Questions that records leave open: `fluvial init` prints the command that answers them."""
+
+import json
+import shlex
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluvial.cli.console import print_error
+from fluvial.cli.interview import Interview, Options
+from fluvial.data.rows import Place, Row, columns_of
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.undecided import likely_fields
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def likely(**fields: str) -> dict[str, str]:
+    """Return the likeliest fields of ten records with these texts, where {} is a number."""
+    given = [
+        {name.replace("_", " "): text.format(n) for name, text in fields.items()}
+        for n in "0123456789"
+    ]
+    rows = [Row(cells, Place("a", "line", 1)) for cells in given]
+    return likely_fields(columns_of(rows), rows)
+
+
+def test_the_likeliest_columns() -> None:
+    """Codes, dates and owners are no texts; a label is the answer to the only text."""
+    found = likely(Case_nr="C-{}", Finding_of_the_day="case {} was seen", Verdict="home {}")
+    assert found == {"prompt": "Finding of the day", "completion": "Verdict"}
+    assert likely(
+        Ward_name="ward {} of us", Seen="case {} was seen", code="A{}", Verdict="ill"
+    ) == {"text": "Seen"}
+    assert likely(Seen="病例发烧", Verdict="A{}Z") == {"text": "Seen"}
+    assert likely(short="a {}", A="long answer {}", Q="much longer question {}") == {
+        "prompt": "A",
+        "completion": "Q",
+    }
+    assert likely(a="x{}", b="1") == {}
+
+
+def written(name: str, *rows: dict[str, Any]) -> str:
+    Path(name).write_text("\n".join(json.dumps(row) for row in rows))
+    return name
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, data: list[str], *given: str) -> list[str]:
+    """Return the words of the command that a call with these options is told."""
+    words = ["q.toml", "--yes", *(word for path in data for word in ("--data", path)), *given]
+    monkeypatch.setattr(sys, "argv", ["fluvial", "init", *words])
+    columns = [value for option, value in pairwise(given) if option == "--column"]
+    options = Options("embedded", data, columns, None, None, None, None, None, [], asks=False)
+    with pytest.raises(ConfigError) as caught:
+        Interview(options).answers()
+    lead, command = str(caught.value).splitlines()[-2:]
+    assert lead == "The command with the likeliest answers:"
+    told = shlex.split(command)
+    assert Path(told[0]).name == "fluvial"
+    assert told[1 : 2 + len(words)] == ["init", *words]
+    return told[2 + len(words) :]
+
+
+def test_the_whole_command_names_the_columns_of_each_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"My question": f"Is it {n} or less?", "My answer": f"it is {n}"} for n in range(4)]
+    notes = [{"text": f"case {n} was seen", "code": "ab"[n % 2]} for n in range(4)]
+    oslo = written("os lo.jsonl", *rows)
+    rome = written("rome.jsonl", *notes)
+    chats = written("bern.jsonl", *({"prompt": "Who?", "completion": "It"} for _ in rows))
+    own = ["--column", "os lo:prompt=My question", "--column", "os lo:completion=My answer"]
+    text = ["--column", "rome:prompt=text", "--column", "rome:completion=code"]
+    assert refused(monkeypatch, [oslo, rome, chats]) == [*own, *text]
+    assert refused(monkeypatch, [oslo, rome, chats], *text) == own
+
+    other = written("riga.jsonl", *rows)
+    for_all = ["--column", "prompt=My question", "--column", "completion=My answer"]
+    assert refused(monkeypatch, [oslo, other]) == for_all
+    assert refused(monkeypatch, [oslo]) == for_all
+
+
+def test_the_whole_command_names_the_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"Is it {n}?", "completion": f"it is {n}"} for n in range(8)]
+    assert refused(monkeypatch, [written("a.jsonl", *rows)]) == ["--sites", "4"]
+    rows = [row | {"team x": "ab"[n % 2]} for n, row in enumerate(rows)]
+    assert refused(monkeypatch, [written("b.jsonl", *rows)]) == ["--site-column", "team x"]
+
+
+def test_a_command_in_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    command = "  fluvial init " + "--column a=b " * 30 + "--column c=d"
+    print_error("DataError", f"two words\nto copy:\n{command}")
+    assert capsys.readouterr().err == f"DataError: two words\nto copy:\n{command}\n"
