@@ -1,7 +1,7 @@
 """Names of sites: they come from data and from peers, and are shown and stored everywhere."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from fluvial.errors import ConfigError
 
@@ -13,6 +13,12 @@ MOST_BYTES = 200
 """Most bytes of UTF-8 of a name that is also a file's name."""
 LOOK_ALIKE = ("LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "CHEROKEE", "COPTIC", "LISU")
 """Scripts whose letters look alike, so that a plain name has letters of one of them only."""
+_CYRILLIC = "аеіјорсухѕһԁԛԝАВЕІЈКМНОРСТУХЅ"  # noqa: RUF001
+LATIN_TWINS = {
+    **str.maketrans(_CYRILLIC, "aeijopcyxshdqwABEIJKMHOPCTYXS"),
+    **str.maketrans("αγικνορυχΑΒΕΖΗΙΚΜΝΟΡΤΥΧ", "ayikvopuxABEZHIKMNOPTYX"),
+}
+"""Letters of Cyrillic and Greek that most fonts draw as a letter of Latin, in our own list."""
 INVISIBLE = frozenset(
     {
         *(0x034F, 0x115F, 0x1160, 0x17B4, 0x17B5),
@@ -100,19 +106,41 @@ def plain_fault_of(name: str) -> str | None:
 
 def _mixed_scripts(name: str) -> str:
     """Return the scripts that look alike of which a name has letters; "" for one or none."""
-    words = (unicodedata.name(character, "").partition(" ")[0] for character in name)
-    scripts = sorted({word for word in words if word in LOOK_ALIKE})
+    scripts = _scripts(name)
     return " and ".join(script.capitalize() for script in scripts) if len(scripts) > 1 else ""
 
 
-def mixed_remarks(names: Iterable[str]) -> list[str]:
-    """Return a remark for each name that may look like another, for its letters of two scripts."""
-    return [
-        f"the site {name!r} mixes letters of scripts that look alike, {mixed}, and may be another "
-        "one that is written wrongly; over Flower the name is refused"
+def _scripts(name: str) -> list[str]:
+    """Return the scripts that look alike of which a name has letters."""
+    words = (unicodedata.name(character, "").partition(" ")[0] for character in name)
+    return sorted({word for word in words if word in LOOK_ALIKE})
+
+
+def mixed_remarks(names: Collection[str]) -> list[str]:
+    """Return a remark for each name that may look like another: it has letters of two scripts, or
+    only letters that look like Latin ones in a script of which no other name has a letter."""
+    mixed = [
+        f"the site {name!r} mixes letters of scripts that look alike, {scripts}, and may be "
+        "another one that is written wrongly; over Flower the name is refused"
         for name in names
-        if (mixed := _mixed_scripts(name))
+        if (scripts := _mixed_scripts(name))
     ]
+    used = {script for name in names if not _twin(name) for script in _scripts(name)}
+    whole = [
+        f"the site {name!r} has letters of {' and '.join(_scripts(name)).capitalize()} that look "
+        f"like the Latin {twin!r}, and may be another one that is written wrongly"
+        for name in names
+        if (twin := _twin(name)) and (twin in names or used.isdisjoint(_scripts(name)))
+    ]
+    return mixed + whole
+
+
+def _twin(name: str) -> str:
+    """Return the Latin name that one of another script looks like, "" for none."""
+    letters = [character for character in name if character.isalpha()]
+    twin = name.translate(LATIN_TWINS)
+    replaced = all(ord(letter) in LATIN_TWINS for letter in letters)
+    return twin if replaced and len(_scripts(name)) == 1 else ""
 
 
 def plain_name(name: str, where: str) -> str:

@@ -18,7 +18,7 @@ from fluvial.data.record_kinds import PROMPT, TEXT, commonest
 from fluvial.data.records import Record
 from fluvial.data.site_names import check_names, chosen, mixed_remarks
 from fluvial.data.site_records import SiteRecords
-from fluvial.data.site_remarks import Unknown, unasked
+from fluvial.data.site_remarks import Written, end_ids, unasked
 from fluvial.data.templates import with_template, writes_date
 from fluvial.data.tokenise import Surplus, Tokenized, Tokenizing, refusal
 from fluvial.errors import ConfigError
@@ -137,6 +137,10 @@ class SiteTexts:
         sites = map(self.load, self.names)
         return next((data for data in sites if data.questions), self.load(self.names[0]))
 
+    def end_ids(self) -> frozenset[int]:
+        """Return the tokens that end the answers of the first site with questions."""
+        return end_ids(self.sample().questions, self.tokenizer.eos_token_id)
+
     def pooled(self) -> SiteData:
         """Return the data of all sites together, for the centralised baseline."""
         sites = [self.load(name) for name in self.names]
@@ -166,7 +170,7 @@ class SiteTexts:
         surplus = Surplus()
         records = 0
         leaks = Leaks()
-        unknown = Unknown(self.tokenizer)
+        written = Written(self.tokenizer)
         left_out = 0
         refused: dict[str, int] = {}
         questions: dict[str, int] = {}
@@ -179,9 +183,10 @@ class SiteTexts:
             measured = tokens.heldout.examples[: self.config.max_heldout]
             left_out += len(tokens.heldout.examples) - len(measured)
             self.num_train[name] = len(self._sequences(tokens.train.examples))
-            questions[name] = len(tokens.heldout.questions[: self.config.max_heldout])
+            asked = tokens.heldout.questions[: self.config.max_heldout]
+            questions[name] = len(asked)
             leaks.add(name, tokens.train.examples, measured)
-            unknown.add(name, tokens.train, tokens.heldout)
+            written.add(name, tokens.train, tokens.heldout, asked)
 
             if tokens.surplus.refused:
                 refused[name] = tokens.surplus.refused
@@ -209,7 +214,7 @@ class SiteTexts:
             *self._remarks(surplus, records),
             *self._cut(left_out),
             *unasked(questions),
-            *unknown.remarks(),
+            *written.remarks(),
             *leaks.remarks("data.by_site.{}" if self.config.by_site else "data"),
         ]
 

@@ -8,7 +8,7 @@ import copy
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -164,24 +164,29 @@ class ModelPool:
 
         _ = self.tokenizer
 
-    def check_behaviour(self) -> None:
+    def check_behaviour(self, ends: Collection[int] | None = None) -> None:
         """Load the base, and raise `ConfigError` if no run could use it (see `probe`); an end token
-        that no adapter can learn is logged."""
+        that no adapter can learn is logged (see `end_remarks`)."""
         self.load()
-        for remark in self.end_remarks():
+        for remark in self.end_remarks(ends=ends):
             logger.warning("%s", remark)
         if self.full:  # beside an adapter the base is checked where it is loaded
             with self.model({}) as model:
                 check_behaviour(model, self.config.name_or_path)
 
-    def end_remarks(self, assignment: Assignment | None = None) -> list[str]:
-        """Return remarks on the end token of a base that a new adapter tunes, see `end_token`."""
+    def end_remarks(
+        self, assignment: Assignment | None = None, ends: Collection[int] | None = None
+    ) -> list[str]:
+        """Return remarks on the tokens `ends` that end answers, by default EOS, of a base that a
+        new adapter tunes, see `end_token`."""
         if not isinstance(self.tuning, LoraSettings):
             return []
         tokenizer = self.tokenizer
+        ids = [tokenizer.eos_token_id] if ends is None else sorted(ends)
         layout = self.layout if assignment is None else assignment.layout
         with self.model(base_state(layout), assignment=assignment) as model:
-            return end_remarks(model, tokenizer.eos_token_id, str(tokenizer.eos_token))
+            named = zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)
+            return [remark for each in named for remark in end_remarks(model, *each)]
 
     def check_packing(self, assignment: Assignment | None = None) -> None:
         """Load the base, and raise `ConfigError` if packed records would read each other.

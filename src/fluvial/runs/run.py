@@ -97,7 +97,7 @@ def execute(
         pool = ModelPool(config.model, config.adapter)  # one for all that tune alike
         known = texts(config, pool) if texts else texts_of(config, pool)  # before any weights
         if texts is None or pool.full:  # else the sites are elsewhere, and check what they load
-            pool.check_behaviour()
+            pool.check_behaviour(known.end_ids() if isinstance(known, SiteTexts) else None)
             if config.data.packing:
                 pool.check_packing()
 

@@ -149,7 +149,7 @@ def measure(
         answer_s,
         downlink_s,
         coding,
-        pool.end_remarks(),
+        pool.end_remarks(ends=texts.end_ids()),
     )
     tgap = pre_training(config)
     public = texts.public() if tgap is not None and tgap.source == "public" else {}

@@ -9,7 +9,7 @@ what must be equal, and the site's own file decides whether it takes part.
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from fluvial.codecs.auto import AutoSettings, Use, candidates
 from fluvial.codecs.coding_time import loaded
 from fluvial.codecs.compiled import all_cores
 from fluvial.data import POOLED, SiteTexts
+from fluvial.data.site_remarks import end_ids
 from fluvial.errors import ConfigError, RefusalError, WireError
 from fluvial.federation.boundary import ERRORS, kind, outward
 from fluvial.federation.sites import Site
@@ -184,9 +185,11 @@ class SiteProcess:
 
         name = self._name(config)
         texts = self._records(local, pool)
+        ends: Collection[int] | None = None
         if not _is_private_at_site(config):
-            _ = texts.pooled() if config.entry.traits.pooled else texts.load(name)
-        for note in (*texts.notes, *pool.end_remarks(self._held(local, pool))):
+            data = texts.pooled() if config.entry.traits.pooled else texts.load(name)
+            ends = end_ids(data.questions, pool.tokenizer.eos_token_id)
+        for note in (*texts.notes, *pool.end_remarks(self._held(local, pool), ends)):
             logger.warning("%s", note)
 
         known = Journal(folder, name).begun

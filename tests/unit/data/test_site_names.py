@@ -72,6 +72,19 @@ def test_a_name_of_two_scripts_is_remarked() -> None:
     assert "'n\u043erth' mixes letters of scripts that look alike, Cyrillic and Latin" in remark
 
 
+def test_a_name_of_letters_that_look_like_latin_ones_is_remarked() -> None:
+    cyrillic = "\u0441\u043e\u0441\u043e"
+    (remark,) = mixed_remarks(["north", f"{cyrillic} 1"])
+    assert "has letters of Cyrillic that look like the Latin 'coco 1'" in remark
+    (remark,) = mixed_remarks(["\u039a\u039f", "bern"])
+    assert "has letters of Greek that look like the Latin 'KO'" in remark
+
+    russian = "\u043c\u043e\u0441\u043a\u0432\u0430"
+    assert not mixed_remarks([russian, cyrillic])  # whose owner writes Cyrillic
+    assert len(mixed_remarks([russian, cyrillic, "coco"])) == 1
+    assert not mixed_remarks([russian, "1", "\u6771\u4eac"])
+
+
 @pytest.mark.parametrize("name", HARMLESS)
 def test_other_names_are_names(name: str) -> None:
     assert fault_of(name) is None

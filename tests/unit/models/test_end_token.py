@@ -52,6 +52,9 @@ def test_a_run_remarks_on_it_where_the_weights_are_loaded(
     assert not pool.end_remarks()
     monkeypatch.setattr("fluvial.models.end_token.NEAR", 100.0)  # as if all rows were alike
     with caplog.at_level(logging.WARNING):
-        pool.check_behaviour()
+        pool.check_behaviour({1})  # as that of a chat template
     assert "the end of an answer was never trained in this model" in caplog.text
+    assert "its end token '<s>'" in caplog.text
+    assert "its end token '</s>'" in pool.end_remarks()[0]
+    assert not pool.end_remarks(ends=())
     assert not ModelPool(config, None).end_remarks()

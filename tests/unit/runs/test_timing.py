@@ -114,7 +114,7 @@ def test_the_prediction_is_made_of_what_the_clock_said(
 ) -> None:
     """A clock that goes one second further each time it is read: every measured span is one
     second."""
-    monkeypatch.setattr(ModelPool, "end_remarks", lambda _: ["the end was never trained"])
+    monkeypatch.setattr(ModelPool, "end_remarks", lambda *_, **__: ["the end was never trained"])
     config = parse(run_config, "test")
     clock = itertools.count(0.0, 1.0)
     found, work, _ = measure(config, lambda: next(clock))
