@@ -6,6 +6,7 @@ lm-eval, or on several of these.
 
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from fluvial.models.encoding import Encoder
 from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
+from fluvial.models.threads import faster_threads, with_threads
 from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
 from fluvial.training.choices import CHANCE, Choice, read_choices
@@ -95,38 +97,40 @@ def evaluate_adapter(
     questions = None if choices is None else _questions(choices)
     clozes = {} if superglue is None else read_superglue(superglue)
     harness = None if tasks is None else Harness(tasks)
+    lent = pool is not None
     pool, state = open_weights(adapter, model, pool)
-    logger.info("reading the data")
-    texts = None if data is None else read_texts(data, pool, answers)
-    sheet = _sheet(choices, questions, pool) if choices and questions else None
-    cloze_tasks = _tasks(clozes, pool)
-    probes = [texts.examples[0].input_ids] if texts else []
-    probes += [sheet.prompts[0].prefix] if sheet else []
-    probes += [task.prompts[0].prefix for task in cloze_tasks.values()]
-    probes += [Encoder.of(pool.tokenizer).prompt(PROBE)]
-    if not has_effect(pool, state, probes[0]):
-        raise ConfigError(
-            "what was tuned gives exactly the base model's logits: it was not trained, or does not "
-            "belong to this model"
-        )
+    with nullcontext() if lent else _faster(pool, pool.base_state()):
+        logger.info("reading the data")
+        texts = None if data is None else read_texts(data, pool, answers)
+        sheet = _sheet(choices, questions, pool) if choices and questions else None
+        cloze_tasks = _tasks(clozes, pool)
+        probes = [texts.examples[0].input_ids] if texts else []
+        probes += [sheet.prompts[0].prefix] if sheet else []
+        probes += [task.prompts[0].prefix for task in cloze_tasks.values()]
+        probes += [Encoder.of(pool.tokenizer).prompt(PROBE)]
+        if not has_effect(pool, state, probes[0]):
+            raise ConfigError(
+                "what was tuned gives exactly the base model's logits: it was not trained, or does "
+                "not belong to this model"
+            )
 
-    models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
-    result: dict[str, Any] = {
-        "fluvial": __version__,
-        "adapter": str(adapter.path),
-        "tuned": "lora" if adapter.lora else "full",
-        "base_model": model.name_or_path,
-    }
+        models = ({"base": pool.base_state()} if base else {}) | {"adapter": state}
+        result: dict[str, Any] = {
+            "fluvial": __version__,
+            "adapter": str(adapter.path),
+            "tuned": "lora" if adapter.lora else "full",
+            "base_model": model.name_or_path,
+        }
 
-    if data is not None and texts is not None:
-        result["data"] = record_result(data, texts, pool, models, answers, seed)
-    if choices is not None and sheet is not None:
-        result["choices"] = _choice_result(choices, sheet, pool, models, seed)
-    if cloze_tasks:
-        result["superglue"] = superglue_result(cloze_tasks, pool, models)
-    if harness is not None:
-        names = {"base": _loaded_as(model), "adapter": _loaded_as(model, adapter)}
-        result["tasks"] = harness.measure(pool, models, names)
+        if data is not None and texts is not None:
+            result["data"] = record_result(data, texts, pool, models, answers, seed)
+        if choices is not None and sheet is not None:
+            result["choices"] = _choice_result(choices, sheet, pool, models, seed)
+        if cloze_tasks:
+            result["superglue"] = superglue_result(cloze_tasks, pool, models)
+        if harness is not None:
+            names = {"base": _loaded_as(model), "adapter": _loaded_as(model, adapter)}
+            result["tasks"] = harness.measure(pool, models, names)
 
     return result
 
@@ -151,23 +155,30 @@ def evaluate_model(
     logger.info("loading the model")
     pool = ModelPool(model, None)
     pool.check_behaviour()
-    logger.info("reading the data")
-    texts = None if data is None else read_texts(data, pool, answers)
-    cloze_tasks = _tasks(clozes, pool)
-    models: dict[str, Named] = {"model": {}}
-    result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
+    with _faster(pool, {}):
+        logger.info("reading the data")
+        texts = None if data is None else read_texts(data, pool, answers)
+        cloze_tasks = _tasks(clozes, pool)
+        models: dict[str, Named] = {"model": {}}
+        result: dict[str, Any] = {"fluvial": __version__, "model": model.name_or_path}
 
-    if data is not None and texts is not None:
-        result["data"] = record_result(data, texts, pool, models, answers, seed)
-    if choices is not None and questions:
-        sheet = _sheet(choices, questions, pool)
-        result["choices"] = _choice_result(choices, sheet, pool, models, seed)
-    if cloze_tasks:
-        result["superglue"] = superglue_result(cloze_tasks, pool, models)
-    if harness is not None:
-        result["tasks"] = harness.measure(pool, models, {"model": _loaded_as(model)})
+        if data is not None and texts is not None:
+            result["data"] = record_result(data, texts, pool, models, answers, seed)
+        if choices is not None and questions:
+            sheet = _sheet(choices, questions, pool)
+            result["choices"] = _choice_result(choices, sheet, pool, models, seed)
+        if cloze_tasks:
+            result["superglue"] = superglue_result(cloze_tasks, pool, models)
+        if harness is not None:
+            result["tasks"] = harness.measure(pool, models, {"model": _loaded_as(model)})
 
     return result
+
+
+def _faster(pool: ModelPool, state: Named) -> AbstractContextManager[None]:
+    """Return a context that computes on the number of threads that is faster for this model."""
+    with pool.model(state) as model:
+        return with_threads(faster_threads(model))
 
 
 def _loaded_as(model: ModelConfig, adapter: AdapterFolder | None = None) -> dict[str, Any]:
