@@ -44,8 +44,8 @@ def _json_lines(path: Path, text: str) -> Table:
     if faults.count and text.lstrip()[:1] in "[{" and _is_document(text):
         raise DataError(
             [
-                f"{safe_line(str(path))}: is one JSON document, not one record on each line; give "
-                "it the suffix .json"
+                f"{safe_line(str(path))}: is one JSON document, not one record on each line; "
+                "write it so, or give it the suffix .json"
             ]
         )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fluvial.data.csv_reader import read_delimited
 from fluvial.data.faults import DataError, Faults
-from fluvial.data.files import UTF8, read_text
+from fluvial.data.files import read_bytes, read_text
 from fluvial.data.json_reader import read_document, read_lines
 from fluvial.data.parquet_reader import read_parquet
 from fluvial.data.reading import LINE_END, MARK, MARKED, Reading, skipped
@@ -32,18 +32,38 @@ def _filled(path: Path, table: Table) -> Table:
     return table
 
 
-def read_json(path: Path, encoding: str = UTF8) -> Table:
-    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list.
+def read_json(path: Path) -> Table:
+    """Return the rows of a file of JSON lines or, with the suffix .json, of a JSON list, whose form
+    no setting changes.
 
     Raise `DataError` for what cannot be read.
     """
-    reading = Reading(encoding)
+    _check_utf8(path)
+    reading = Reading()
     return _filled(
         path,
         read_document(path, reading)
         if path.suffix.lower() == ".json"
         else read_lines(path, reading),
     )
+
+
+def _check_utf8(path: Path) -> None:
+    """Raise `DataError` for a file of another encoding, whose remedy cannot be a setting."""
+    data = read_bytes(path)
+    try:
+        data.decode()
+        end = data.find(0)
+    except UnicodeDecodeError as error:
+        end = error.start
+    if end >= 0:
+        line = data.count(b"\n", 0, end) + 1
+        raise DataError(
+            [
+                f"{safe_line(str(path))}, line {line} (byte {end + 1} of the file is "
+                f"0x{data[end]:02x}): is no text of UTF-8; save it anew as UTF-8"
+            ]
+        )
 
 
 def _text(path: Path, reading: Reading) -> Table:

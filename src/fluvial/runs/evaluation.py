@@ -1,5 +1,7 @@
 """Settings of `fluvial evaluate`: what a folder tells about its run, and what --set adds."""
 
+import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,7 +38,7 @@ EXAMPLES: dict[str, Any] = {
     "columns": {"completion": "answer"},
     "overlong": "shorten_prompt",
 }
-"""Values of settings that an error about records may ask for."""
+"""Values of settings that an error about records may ask for, where it proposes none."""
 TEMPLATE = "chat_template"
 """Setting of [data] that conversations alone have."""
 UNSET = (TEMPLATE, "read_as", "numbers")
@@ -273,17 +275,24 @@ def _same(records: Path | None, name: str | None) -> bool:
 
 @contextmanager
 def with_remedies(run: dict[str, Any]) -> Iterator[None]:
-    """Add to an error about records the options by which a command reads them in another way."""
+    """Add to an error about records that names a setting the options by which a command reads them
+    in another way."""
     try:
         yield
     except DataError as error:
+        named = [key for key in EXAMPLES if f"data.{key}" in str(error)]
         remedies = [f"--site {name}, whose table fits the file" for name in run.get(SITES, [])]
-        if not remedies and "--set" not in str(error):
-            named = (key for key in EXAMPLES if f"data.{key}" in str(error))
-            remedies.append(_as_set(key := next(named, "columns"), EXAMPLES[key]))
+        if not remedies and named and "--set" not in str(error):
+            remedies.append(_as_set(named[0], _proposed(named[0], str(error))))
         if not remedies:
             raise
         raise ConfigError(f"{error}. With this command, add {' or '.join(remedies)}") from error
+
+
+def _proposed(key: str, error: str) -> Any:
+    """Return the value of a setting of [data] that an error proposes, else one of `EXAMPLES`."""
+    told = re.search(rf'data\.{key}(?: =|, for instance to) ("(?:[^"\\]|\\.)*")', error)
+    return EXAMPLES[key] if told is None else json.loads(told[1])
 
 
 def evaluation_settings(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.faults import Faults, listed
+from fluvial.data.faults import DataError, Faults, listed
 from fluvial.data.readers import read_json
 from fluvial.data.records import encodable
 from fluvial.data.rows import Number, Row, described
@@ -49,8 +49,8 @@ class Cloze:
 def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
     """Read the labelled records of each task that `folder` has, such as `RTE/val.jsonl`.
 
-    Raises `ConfigError` where there is no task, and `DataError` naming file and line of every
-    record that is not of its task's form, without its text.
+    Raises `ConfigError` where there is no task, and naming file and line of every record that is
+    not of its task's form, without its text.
     """
     paths = {name: folder / name / SPLIT for name in READERS}
     present = {name: path for name, path in paths.items() if exists(path)}
@@ -60,6 +60,13 @@ def read_superglue(folder: Path) -> dict[str, list[Cloze]]:
             f"{', '.join(READERS)}"
         )
 
+    try:
+        return _tasks(present)
+    except DataError as error:  # about records, which --set reads in another way
+        raise ConfigError(str(error)) from error
+
+
+def _tasks(present: Mapping[str, Path]) -> dict[str, list[Cloze]]:
     faults = Faults()
     tasks: dict[str, list[Cloze]] = {}
     for name, path in present.items():

@@ -441,7 +441,11 @@ REFUSED: list[tuple[str, str | bytes, str]] = [
     ("a.jsonl", '{"a": {"b": 1, "b": 2}}\n', "line 1 has the field 'b' twice"),
     ("a.jsonl", "[1, 2]\n{}\n", "line 1 holds a list; a record is an object"),
     ("a.jsonl", '"text"\n', "line 1 holds a single value"),
-    ("a.jsonl", '[{"a": 1},\n{"a": 2}]\n', "is one JSON document, .*; give it the suffix .json"),
+    (
+        "a.jsonl",
+        '[{"a": 1},\n{"a": 2}]\n',
+        "is one JSON document, .*; write it so, or give it the suffix .json",
+    ),
     ("a.jsonl", '{\n "a": 1\n}\n', "is one JSON document"),
     ("a.jsonl", '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is nested too deeply"),
     ("a.json", '{"train": [{}], "test": [{}]}', "has 2 lists, in the fields 'train', 'test'"),

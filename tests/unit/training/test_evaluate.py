@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from fluvial.cli import app, main
-from fluvial.data import Example
+from fluvial.data import DataError, Example
 from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
@@ -128,6 +128,27 @@ def test_no_remedy_for_records_stands_at_a_fault_of_questions(tmp_path: Path) ->
     with pytest.raises(ConfigError, match="and is blank") as caught, with_remedies({}):
         read_choices(path)
     assert "--set" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "remedy"),
+    [
+        ("x.jsonl: is empty", ""),
+        ("x.jsonl: field 'completion' must be text", ""),
+        (
+            "x.jsonl: fields ['a'] fit no form. Set data.form, or rename with data.columns",
+            "columns",
+        ),
+        ('x.csv: set data.encoding = "utf-16"', """data.encoding="utf-16"'"""),
+        ('x.csv: set data.encoding, for instance to "gb18030"', """data.encoding="gb18030"'"""),
+        ('x.csv: set data.delimiter = "\\t"; if', """data.delimiter="\\t"'"""),
+    ],
+)
+def test_a_command_adds_the_setting_that_a_fault_of_records_names(fault: str, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught, with_remedies({}):
+        raise DataError([fault])
+    assert ("With this command, add --set" in str(caught.value)) == bool(remedy)
+    assert remedy in str(caught.value).partition("With this command")[2]
 
 
 def test_questions_in_csv_are_refused_with_the_form_that_is_read(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from fluvial.data import DataError
 from fluvial.errors import ConfigError
+from fluvial.runs.evaluation import with_remedies
 from fluvial.training.superglue import READERS, Cloze, read_superglue
 from fluvial.training.superglue_scores import METRICS, metrics
 from tests.support.superglue import RECORDS, write_superglue
@@ -116,9 +116,31 @@ def test_a_record_of_another_form_is_named_by_file_and_line(
     task: str, record: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     write_superglue(tmp_path, {task: [RECORDS[task][0], record]})
-    with pytest.raises(DataError, match=rf"val\.jsonl, line 2.*{message}") as caught:
+    with pytest.raises(ConfigError, match=rf"val\.jsonl, line 2.*{message}") as caught:
         read_superglue(tmp_path)
-    assert caught.value.count == 1
+    assert "faults" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is empty"),
+        (b"x", "is not JSON"),
+        (b'{"passage": "caf\xe9"}', "byte 17 of the file is 0xe9.* save it anew as UTF-8"),
+        ("{}\n{}".encode("utf-16"), "line 1 .* save it anew as UTF-8"),
+        ("{}\n{}".encode("utf-16-le"), "byte 2 .* save it anew as UTF-8"),
+        (b"[{}]", "is one JSON document, .*; write it so"),
+    ],
+)
+def test_no_setting_of_records_is_the_remedy_for_a_file_of_superglue(
+    data: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "BoolQ").mkdir()
+    (tmp_path / "BoolQ" / "val.jsonl").write_bytes(data)
+    with pytest.raises(ConfigError, match=message) as caught, with_remedies({"sites": ["north"]}):
+        read_superglue(tmp_path)
+    assert "--s" not in str(caught.value)
+    assert "data." not in str(caught.value)
 
 
 # -- metrics ---------------------------------------------------------------------------------------
