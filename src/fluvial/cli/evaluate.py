@@ -186,6 +186,7 @@ def evaluate(
             run_settings,
             with_remedies,
         )
+        from fluvial.runs.trained_on import trained_on, trained_words
         from fluvial.training.assess import ChoiceConfig, evaluate_adapter, evaluate_model
         from fluvial.training.folders import kind_of, measured_as, read_adapter_folder, weights_in
         from fluvial.training.generated import AnswerConfig
@@ -252,6 +253,9 @@ def evaluate(
             measured["records"] = how_records_are_read(
                 settings.data, run, overrides or [], measured["data"]["form"]
             )
+            known = trained_on(Path(target).expanduser(), settings.data)
+            measured["records"]["trained_on"] = known
+            measured["records"]["warning"] = trained_words(known, measured["data"]["records"])
 
     from fluvial.report.evaluation_tables import evaluation_tables
 

@@ -22,6 +22,8 @@ def evaluation_tables(measured: JsonObject) -> Group:
 
     if "records" in measured:
         content.append(Text(safe_text(measured["records"]["line"])))
+        if measured["records"]["warning"]:
+            content.append(Text(f"• {measured['records']['warning']}", style="bold"))
     if "data" in measured:
         content.append(_record_table(measured["data"], _headings(measured)))
         content += answer_tables(measured["data"].get("answers"), _headings(measured))

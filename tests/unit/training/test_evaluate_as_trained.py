@@ -74,10 +74,15 @@ def test_the_runs_own_columns_also_in_a_copied_folder(
         assert (found["data"]["questions"], found["data"]["max_new_tokens"]) == (7, 3)
         assert found["records"]["columns"] == {"prompt": "text", "completion": "label"}
         assert found["records"]["from_run"]
+        known = folder.parent.name == "run"
+        assert found["records"]["trained_on"] == (7 if known else None)
 
     words = _evaluate(tmp_path / "elsewhere", "--data", heldout, text=True)
     assert "as the run that wrote the folder" in " ".join(words.split())
     assert "prompt = 'text', completion = 'label'" in " ".join(words.split())
+    assert "trained on" not in words
+    words = _evaluate(tmp_path / "run", "--data", heldout, "--no-generate", text=True)
+    assert "The run trained on all 7 records, so the scores" in " ".join(words.split())
 
 
 def test_a_baselines_adapter_is_measured_as_the_run(
