@@ -161,10 +161,9 @@ def samples(reporting: Reporting, state: Named) -> list[dict[str, str]]:
         )
 
     models = {"the base model": reporting.pool.base_state(), "the tuned model": state}
+    length = settings.sample_length(question=bool(right))
     before, after = (
-        reporting.pool.generate(
-            weights, [asked], max_new_tokens=settings.sample_tokens, at_once=1, of=of
-        )[0]
+        reporting.pool.generate(weights, [asked], max_new_tokens=length, at_once=1, of=of)[0]
         for of, weights in models.items()
     )
     return [{"prompt": prompt, "prompt_from": origin, "base": before, "final": after} | right]

@@ -20,6 +20,8 @@ from fluvial.training.evaluate import Heldout, on_public_text
 from fluvial.wire.payload import Payload
 from fluvial.wire.tensors import Named
 
+SAMPLE_TOKENS = 40
+"""Tokens of a sample that are shown where no setting says how many."""
 PUBLIC_SEQUENCES = 256
 """Public sequences that the server measures on, where `data.max_heldout` says nothing else."""
 
@@ -52,8 +54,14 @@ class EvaluateConfig(Settings):
     """Text that base and tuned model continue at the end. Unset, it is the first held-out question
     where there are some, shown with the right answer. Where the server has no text of the sites,
     nothing is continued in a deployed run, and "Once upon a time" under `flglm`."""
-    sample_tokens: int = Field(40, ge=1, le=10**6)
-    """Tokens of that continuation."""
+    sample_tokens: int | None = Field(None, ge=1, le=10**6)
+    """Tokens of that continuation. Unset, for a held-out question those of `max_new_tokens`, as
+    its answer is scored, and 40 elsewhere."""
+
+    def sample_length(self, *, question: bool = False) -> int:
+        """Return the tokens of the continuation of a held-out question, or of another text."""
+        scored = self.max_new_tokens if question else 0
+        return self.sample_tokens or scored or SAMPLE_TOKENS
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

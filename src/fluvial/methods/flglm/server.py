@@ -244,7 +244,7 @@ class FlGlmServer(SharedModelServer):
                     which,
                     reporting.rounds,
                     prompt=prompt,
-                    generate=reporting.evaluate.sample_tokens,
+                    generate=reporting.evaluate.sample_length(),
                 )
                 texts += [
                     reply.content
