@@ -171,6 +171,18 @@ def check_weights_written(folder: Path) -> None:
             check_written(folder.parent / name, digest)
 
 
+def check_run_written(folder: Path) -> None:
+    """Raise `CheckpointError` for files of a finished run that are not as the run wrote them; a
+    folder of another place is not known."""
+    if not (folder / DIGESTS).exists():
+        return
+    lines = damage(folder, str(folder))
+    if lines:
+        made = [name for name in EXPORTS if (folder / name).is_dir()]
+        remedy = f"To use the weights alone, copy {folder / made[0]} to another folder. "
+        raise CheckpointError(f"{'. '.join(lines)}. {remedy if made else ''}".rstrip())
+
+
 def read_result(folder: Path) -> JsonObject | None:
     """Return the result of the run in `folder`, None where it has not finished.
 

@@ -12,7 +12,13 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
 from fluvial.storage.files import exists, read_object, refuse_endless
-from fluvial.storage.run_files import CONFIG, EXPORTS, RESULT, check_weights_written
+from fluvial.storage.run_files import (
+    CONFIG,
+    EXPORTS,
+    RESULT,
+    check_run_written,
+    check_weights_written,
+)
 from fluvial.wire.tensors import Named, is_finite
 
 _READ = {
@@ -151,9 +157,11 @@ def read_adapter_folder(folder: Path) -> AdapterFolder:
     """Read the adapter in a PEFT folder, or the model that a run with tune = "full" wrote.
 
     Raises `ConfigError` where it is neither, or where `ModelPool` cannot hold it, and
-    `CheckpointError` where its weights are not those that a finished run around it wrote.
+    `CheckpointError` where its weights, or the files of a finished run around it, are not those
+    that the run wrote.
     """
     check_weights_written(folder)
+    check_run_written(folder.parent)
     config = read_object(folder / "adapter_config.json")
     if config is None and "architectures" in (read_object(folder / "config.json") or {}):
         return _model_folder(folder)

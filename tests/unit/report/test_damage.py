@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from fluvial import api
-from fluvial.errors import CheckpointError
+from fluvial.errors import CheckpointError, ConfigError
 from fluvial.report.page import page_of
 from fluvial.report.show import run_tables
 from fluvial.runs.checkpoint import RunFolder
-from fluvial.storage.run_files import check_weights_written, read_run
+from fluvial.storage.run_files import check_run_written, check_weights_written, read_run
+from fluvial.training.folders import read_adapter_folder
 from tests.unit.report.test_show import config, records, result, text_of
 
 
@@ -105,3 +106,20 @@ def test_a_weights_file_that_is_no_file_is_refused(how: str, whole: Path) -> Non
         check_weights_written(adapter)
     with told:
         RunFolder(whole).verify_finished()
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("how", ["cut", "gone", "a folder"])
+def test_weights_of_a_damaged_run_are_not_read(how: str, name: str, whole: Path) -> None:
+    """For `evaluate` and `chat`; a copy of the weights in another folder is not of this run."""
+    adapter = whole / "adapter"
+    adapter.mkdir()
+    check_run_written(whole)
+    damaged(whole / name, how)
+    words = "is missing" if how == "gone" else "is damaged"
+    remedy = "restore it from a copy.*copy .*/adapter to another folder"
+    with pytest.raises(CheckpointError, match=f"{whole}/{name} {words}.*{remedy}"):
+        read_adapter_folder(adapter)
+    adapter.rename(whole.parent / "adapter")
+    with pytest.raises(ConfigError, match="is no PEFT adapter"):
+        read_adapter_folder(whole.parent / "adapter")
