@@ -156,7 +156,7 @@ class Verdict:
         way = "lower" if better else "higher"
         if further.clear is None:
             apart = f"{abs(further.difference):.4f} nats {way}"
-            return f"{first}; loss {apart} than {name}, without an interval"
+            return f"{first}; loss {apart} than {name}, {_no_interval(further)}"
         joined = "and" if better == (self.helped == "yes") else "but"
         if further.answer == "partly":
             return f"{first}, {joined} with a {way} loss than {name}"
@@ -312,6 +312,16 @@ def _answered(
     gains = [own - theirs[site] for site, own in ours.items()]
     signs = [(gain > 0) - (gain < 0) for gain in gains]
     return signs.count(1), signs.count(0), signs.count(-1)
+
+
+def _no_interval(found: Comparison) -> str:
+    """Return that the mean difference over the sites has no interval, and why."""
+    why = "the difference is the same at all sites"
+    if found.once:
+        why = "all sites share one held-out set"
+    elif found.sites < LEAST_SITES:
+        why = f"it takes {LEAST_SITES} sites"
+    return f"without an interval, because {why}"
 
 
 def _is_level(found: Comparison) -> bool:

@@ -167,10 +167,13 @@ def test_a_difference_without_an_interval_is_not_called_lower_alone() -> None:
     line = judge(shared, {"local": made([2.9, 2.95, 3.0]), "fedavg": made([2.83] * 3)}).line()
     assert line.startswith(
         "Helped against local training; loss 0.0300 nats lower than the uncompressed run, "
-        "without an interval."
+        "without an interval, because all sites share one held-out set."
     )
     two = judge(made([2.8] * 2), {"local": made([2.9] * 2), "fedavg": made([2.7] * 2)}).line()
-    assert "; loss 0.1000 nats higher than the uncompressed run, without an interval." in two
+    higher = "; loss 0.1000 nats higher than the uncompressed run, without an interval, because"
+    assert f"{higher} it takes 3 sites." in two
+    same = judge(made([2.8] * 4), {"local": made([2.9] * 4), "fedavg": made([2.7] * 4)}).line()
+    assert f"{higher} the difference is the same at all sites." in same
 
 
 def scored(score: float, base: float, loss: float = 2.9) -> dict[str, Any]:
