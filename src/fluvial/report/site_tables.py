@@ -7,6 +7,8 @@ from fluvial.report.tables import table
 from fluvial.runs.site_comparison import loss_of
 from fluvial.storage.run_files import JsonObject
 
+SHARED = "all sites share one held-out set, on which each has the same base and federated model"
+"""Note where two of the columns repeat one value."""
 MOST = 20
 """Sites of the table on a terminal, the first by name."""
 
@@ -28,24 +30,37 @@ def site_table(run: JsonObject) -> Table | None:
     scored = [name for name in shown if any("exact_match" in row for row in models[name].values())]
     score, words = ("exact_match", "exact match") if scored else ("accuracy", "next-token acc.")
 
-    cells = [
-        [
-            safe_text(site),
+    def cells_of(site: str, label: str) -> list[str]:
+        return [
+            safe_text(label),
             *(figure(loss_of(models[name][site])) for name in shown),
             *(percent(models[name][site].get(score)) for name in scored or shown),
         ]
-        for site in list(rows)[:MOST]
-    ]
+
+    repeated = _is_repeated(run["result"])
+    if repeated and not local:
+        first = next(iter(rows))
+        cells = [cells_of(first, f"all {len(rows)} sites (one shared held-out set)")]
+    else:
+        cells = [cells_of(site, site) for site in list(rows)[:MOST]]
     titles = {"final": "federated"} if run["result"].get("sends_updates") else {}
     headings = [f"{titles.get(name, name)}\nloss" for name in shown]
     headings += [f"{titles.get(name, name)}\n{words}" for name in scored or shown]
-    more = len(rows) - MOST
-    caption = (
-        f"{more} more sites: report.html, and heldout_by_site in result.json" if more > 0 else ""
-    )
+    more = len(rows) - MOST if local or not repeated else 0
+    notes = [SHARED] if repeated and local else []
+    if more > 0:
+        notes.append(f"{more} more sites: report.html, and heldout_by_site in result.json")
     return table(
         ["site", *headings],
         cells or [["not measured", *["-"] * len(headings)]],
         "Held-out, by site",
-        caption=caption,
+        caption="; ".join(notes),
     )
+
+
+def _is_repeated(result: JsonObject) -> bool:
+    """Return whether all sites have the same measures of the base and of the final model, because
+    they measure on the same records."""
+    rows = list(result["heldout_by_site"].values())
+    one_set = (result.get("overlap") or {}).get("one_set", False)
+    return bool(one_set) and all(row == rows[0] for row in rows)

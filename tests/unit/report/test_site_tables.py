@@ -50,3 +50,23 @@ def test_twenty_sites_are_listed_and_one_has_no_table() -> None:
     assert lines[-1][:3] == ["3", "more", "sites:"]
     assert len(lines_of(run(20))) == 4 + 20
     assert site_table(run(1)) is None
+
+
+def test_measures_on_one_shared_set_are_not_repeated_without_a_word() -> None:
+    """Local models differ there; without them one row says all."""
+    shared = run(23)
+    shared["result"]["overlap"] = {"one_set": True}
+    words = [" ".join(line) for line in lines_of(shared)]
+    note = "all sites share one held-out set, on which each has the same base and federated model"
+    assert " ".join(words[4 + 20 :]).startswith(f"{note}; 3 more sites")
+
+    alone = run(23, local=False)
+    alone["result"]["overlap"] = {"one_set": True}
+    *_, row = lines_of(alone)
+    assert " ".join(row).startswith("all 23 sites (one shared held-out set) 3.0000 1.0000")
+    assert len(lines_of(alone)) == 4 + 1
+
+    own = run(3, local=False)
+    own["result"]["overlap"] = {"one_set": True}
+    own["result"]["heldout_by_site"]["site01"]["final"] = {}  # a personal model of one site
+    assert len(lines_of(own)) == 4 + 3
