@@ -11,6 +11,7 @@ from click.core import ParameterSource
 from fluvial.cli.console import Format, Overrides, print_content
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
+from fluvial.storage.files import expanded
 
 if TYPE_CHECKING:
     from fluvial.training.generated import Metric
@@ -214,7 +215,7 @@ def evaluate(
         target = weights_in(target)
         kind = kind_of(target)
         if kind == "adapter" or (kind == "tuned" and base):
-            folder = Path(target).expanduser()
+            folder = expanded(target)
             weights = read_adapter_folder(folder)
             run = own_reading(folder, weights.run, data, site, overrides or [])
             recorded = measured_as(run, weights.base, data)
@@ -294,7 +295,7 @@ def _folders(lines: Sequence[str]) -> dict[str, Path]:
         task, mark, folder = line.partition("=")
         if not (mark and task and folder):
             raise ConfigError(f"--dataset {line!r}: write TASK=FOLDER, such as 'mmlu=copies/mmlu'")
-        if not Path(folder).expanduser().is_dir():
+        if not expanded(folder).is_dir():
             raise ConfigError(f"--dataset {line!r}: there is no folder {folder!r}")
         folders[task] = Path(folder)
     return folders

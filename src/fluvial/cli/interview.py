@@ -165,9 +165,9 @@ class Interview:
         given = self.given
 
         def read(answer: str) -> Sites:
-            if answer.isdecimal():
+            if answer.isdecimal() and answer not in records.names and given.site_column is None:
                 return known.equal_sites(records, int(answer))
-            if answer == "file":
+            if answer == "file" and answer not in records.names:
                 return known.sites_by_file(records)
             found = known.sites_by_column(records, answer)
             if (

@@ -1,11 +1,10 @@
 """Data sets of Hugging Face: saved to disk, or of a hub id."""
 
-from pathlib import Path
 from typing import Any
 
 from fluvial.errors import ConfigError
 from fluvial.models.network import reachable_hub
-from fluvial.storage.files import exists
+from fluvial.storage.files import exists, expanded
 
 
 def dataset_of(name: str, wanted: str, where: str) -> Any:
@@ -19,7 +18,7 @@ def dataset_of(name: str, wanted: str, where: str) -> Any:
     datasets.logging.set_verbosity(
         datasets.logging.CRITICAL
     )  # what goes wrong is in the error below
-    path = Path(name).expanduser()
+    path = expanded(name)
     saved = exists(path) and path.is_dir()
 
     try:

@@ -20,7 +20,7 @@ from fluvial.data.records import Record, RecordReader, Text, encodable
 from fluvial.data.rows import FaultyRowsError, Number, Row, Table, columns_of, described
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line
-from fluvial.storage.files import exists
+from fluvial.storage.files import exists, expanded
 
 DELIMITED = (".csv", ".tsv")
 DICT = "dataset_dict.json"
@@ -69,7 +69,7 @@ class Found:
 
 def is_local(name: str) -> bool:
     """Return true for a name that means a file or folder, be it there or not."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return (
         exists(path)
         or name.startswith((".", "/", "~"))
@@ -84,7 +84,7 @@ def is_saved(path: Path) -> bool:
 
 def has_splits(name: str) -> bool:
     """Return true for a hub id and for a saved `DatasetDict`; anything else is read whole."""
-    return not is_local(name) or exists(Path(name).expanduser() / DICT)
+    return not is_local(name) or exists(expanded(name) / DICT)
 
 
 def read_source(source: Source, faults: Faults) -> Found:
@@ -131,7 +131,7 @@ def _joined(parts: Iterable[Found]) -> Found:
 
 def tables(source: Source, faults: Faults) -> list[Table]:
     """Return the rows of each file of a source, or of its data set; faults go to `faults`."""
-    if not is_local(source.name) or is_saved(Path(source.name).expanduser()):
+    if not is_local(source.name) or is_saved(expanded(source.name)):
         return [_data_set(source)]
 
     read = list[Table]()
@@ -170,7 +170,7 @@ def _placed(error: DataError, source: Source) -> DataError:
 
 def _files(source: Source, *, one_kind: bool = True) -> list[Path]:
     """Return the files of a source, with `one_kind` all of the same suffix."""
-    path = Path(source.name).expanduser()
+    path = expanded(source.name)
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):

@@ -17,7 +17,7 @@ from fluvial.data.config import DataConfig
 from fluvial.data.faults import shown
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
-from fluvial.storage.files import refuse_endless
+from fluvial.storage.files import expanded, refuse_endless
 
 _EOS = "{% if m.role == 'assistant' and not '@'.endswith(eos_token) %}{{ eos_token }}{% endif %}"
 """EOS after an assistant's turn whose own mark `@` is not EOS."""
@@ -147,7 +147,7 @@ def inlined_template(chosen: str, folder: Path) -> str:
     if chosen in NAMED or "{" in chosen:
         return chosen
 
-    path = folder / Path(chosen).expanduser()
+    path = folder / expanded(chosen)
     refuse_endless(path)
     try:
         text = path.read_text(encoding="utf-8")

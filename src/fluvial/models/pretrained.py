@@ -24,7 +24,7 @@ from fluvial.models.quantisation import Format, LayerFormat, Quantisation
 from fluvial.models.stored import FLOATS, first_line, stored_tensors
 from fluvial.models.untied import stores_another_head
 from fluvial.settings import Settings
-from fluvial.storage.files import exists, read_object
+from fluvial.storage.files import exists, expanded, read_object
 
 EMBEDDED = "embedded"
 Attention = Literal[
@@ -122,7 +122,7 @@ def source_of(config: ModelConfig) -> str:
     if config.name_or_path == EMBEDDED:
         return str(resources.files("fluvial") / "assets" / "tiny")
     source = config.name_or_path
-    return str(Path(source).expanduser()) if "~" in source else source
+    return str(expanded(source)) if "~" in source else source
 
 
 def local_folder(config: ModelConfig) -> Path | None:

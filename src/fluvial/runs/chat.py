@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, Literal
 
 from fluvial.data import with_template
@@ -17,6 +16,7 @@ from fluvial.models.pool import ModelPool
 from fluvial.models.streaming import Sampling, stream
 from fluvial.runs.evaluation import evaluation_settings, run_settings
 from fluvial.storage import exported
+from fluvial.storage.files import expanded
 from fluvial.training.folders import kind_of, read_adapter_folder, weights_in
 from fluvial.training.opened import open_weights
 from fluvial.wire.tensors import Named
@@ -109,7 +109,7 @@ class Chat:
             pool = ModelPool(settings.model, None)
             states: dict[str, Named] = {"model": {}}
         else:
-            folder = read_adapter_folder(Path(name).expanduser())
+            folder = read_adapter_folder(expanded(name))
             run = folder.run
             settings = evaluation_settings(_for_chat(folder.settings(), run), None, overrides or [])
             pool, tuned = open_weights(folder, settings.model)
@@ -163,7 +163,7 @@ def _template(
     without its run); unset, that of the first site with
     the template that the run's result has, or with any. `own` says that the tokenizer has one.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     config = exported.config_around(folder) if folder.is_dir() else None
     if config is None:
         return _numbered_template(name, run, site, own=own)

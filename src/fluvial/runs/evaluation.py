@@ -20,6 +20,7 @@ from fluvial.errors import ConfigError
 from fluvial.runs.config import RunConfig, merge, override, parse, with_chat_template
 from fluvial.runs.proposal.document import toml_value
 from fluvial.storage import exported, toml
+from fluvial.storage.files import expanded
 from fluvial.storage.kinds import kind_of, taken_over
 from fluvial.training.assess import whole_file
 from fluvial.training.folders import measured_as
@@ -57,7 +58,7 @@ def run_settings(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the tables that measure a model by itself, and what its folder tells about its run,
     see `own_reading`."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     told = exported.read(folder) if folder.is_dir() else {}
     run = own_reading(folder, told, records, site, overrides)
     return measured_as(run, name, records), run
@@ -270,7 +271,7 @@ def _same(records: Path | None, name: str | None) -> bool:
     """Return whether two names are of one file."""
     if records is None or name is None:
         return False
-    return records.expanduser().resolve() == Path(name).expanduser().resolve()
+    return expanded(records).resolve() == expanded(name).resolve()
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Settings of a run that may leave its folder: without paths, records, sites' names or prompts."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from fluvial.models.pretrained import HUB_ID
+from fluvial.storage.files import expanded
 
 TABLES: dict[str, tuple[str, ...] | None] = {
     "model": (
@@ -46,7 +46,7 @@ def shareable(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_local(name: str) -> bool:
     """Return whether the name of a model is a folder of this machine and no id of a hub."""
-    return not HUB_ID.fullmatch(name) or Path(name).expanduser().exists()
+    return not HUB_ID.fullmatch(name) or expanded(name).exists()
 
 
 def _cleaned(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from fluvial.errors import RefusalError
 from fluvial.models.pretrained import EMBEDDED, HUB_ID
 from fluvial.runs.config import RunConfig, parse
 from fluvial.site_process.site_file import SiteFile
+from fluvial.storage.files import expanded
 from fluvial.storage.kinds import kind_of, taken_over
 from fluvial.storage.paths import BUNDLED
 
@@ -144,7 +145,7 @@ def _allowed(named: str, site: SiteFile) -> bool:
         return True
 
     try:
-        real = Path(named).expanduser().resolve()
+        real = expanded(named).resolve()
         inside = [real, *islice(real.rglob("*"), _MAX_FILES + 1)] if real.is_dir() else [real]
         return len(inside) <= _MAX_FILES and all(
             _covered(path.resolve(), patterns) for path in inside

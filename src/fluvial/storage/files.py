@@ -30,6 +30,12 @@ def exists(path: Path) -> bool:
         return False
 
 
+def expanded(name: str | Path) -> Path:
+    """Return a path that a person names with the home in place of `~`; a home that the system does
+    not know stays as it is written, and is found missing where it is read."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111 (that of pathlib raises RuntimeError)
+
+
 def is_endless(path: Path) -> bool:
     """Return true for a pipe, a device or a socket, which a read may wait on for ever; false for a
     file, a folder, and where there is nothing that can be looked at."""

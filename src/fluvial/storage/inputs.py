@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.storage import paths
-from fluvial.storage.files import digest_of_file
+from fluvial.storage.files import digest_of_file, expanded
 
 SAVED = ("dataset_dict.json", "dataset_info.json")
 """Files of a saved data set of Hugging Face, whose parts lie in folders below it."""
@@ -29,7 +29,7 @@ def digests(settings: dict[str, Any]) -> dict[str, str]:
     for setting, text in named.items():
         if text in paths.BUNDLED:  # which differ with the version of Python
             found[setting] = f"Python {platform.python_version()}"
-        elif isinstance(text, str) and _is_read(path := Path(text).expanduser()):
+        elif isinstance(text, str) and _is_read(path := expanded(text)):
             found[setting] = _digest(path)
 
     return found

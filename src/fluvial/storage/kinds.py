@@ -5,6 +5,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fluvial.storage.files import expanded
+
 BY_KIND = ("encoding", "delimiter")
 """Settings of [data] that hold for files of one kind only."""
 UTF8_ONLY = (".json", ".jsonl", ".ndjson", ".parquet")
@@ -13,7 +15,7 @@ UTF8_ONLY = (".json", ".jsonl", ".ndjson", ".parquet")
 
 def kind_of(source: str | Path) -> str:
     """Return the suffix of a source's files, of a folder that of the first one; "" without one."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     with suppress(OSError):  # a name that is too long, say, is refused where its file is read
         if path.is_dir():
             return next((file.suffix for file in sorted(path.iterdir()) if file.suffix), "").lower()

@@ -7,6 +7,7 @@ from typing import Any
 
 from fluvial import caller
 from fluvial.errors import CheckpointError
+from fluvial.formatting import safe_text
 from fluvial.storage.files import digest_of_file
 
 CONFIG = "config.json"
@@ -74,7 +75,12 @@ def in_use(folder: Path) -> bool:
 
 def check_free(folder: Path, *, resume: bool) -> None:
     """Raise `CheckpointError` if `folder` holds a run and `resume` is False, if it holds none and
-    `resume` is True, or if a run would replace what others wrote there."""
+    `resume` is True, if a run would replace what others wrote there, or if its path is no text."""
+    if any("\ud800" <= character <= "\udfff" for character in str(folder.absolute())):
+        raise CheckpointError(
+            f"{safe_text(str(folder))}: its path is no UTF-8, so that no weights can be written "
+            f"there; {caller.another_folder()}"
+        )
     if begun(folder):
         if resume:
             return

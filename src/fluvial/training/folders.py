@@ -11,7 +11,7 @@ from fluvial.models.adapters import PREFIX, SavedLora
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import EMBEDDED, HUB_ID, ModelConfig
 from fluvial.storage import exported
-from fluvial.storage.files import exists, read_object, refuse_endless
+from fluvial.storage.files import exists, expanded, read_object, refuse_endless
 from fluvial.storage.run_files import (
     CONFIG,
     EXPORTS,
@@ -86,7 +86,7 @@ def measured_as(run: dict[str, Any], name: str, records: Path | None) -> dict[st
     """Return the tables of a configuration that measures the model `name` as its `run` did, which
     may be empty."""
     # The revision is the base's, and a model whose weights were tuned lies in a folder of its own.
-    local = Path(name).expanduser().is_dir()
+    local = expanded(name).is_dir()
     keys = ("dtype", *exported.QUANTISATION, *([] if local else ["revision"]))
     kept = {key: value for key, value in run.get("model", {}).items() if key in keys}
     return {
@@ -105,7 +105,7 @@ def kind_of(name: str) -> Kind:
     The last is "embedded", a folder of a causal language model, or the hub id of one. Raises
     `ConfigError` where it is none of them.
     """
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if not exists(folder):
         if name == EMBEDDED or (HUB_ID.fullmatch(name) and folder.suffix != ".safetensors"):
             return "model"
@@ -129,7 +129,7 @@ def kind_of(name: str) -> Kind:
 
 def weights_in(name: str) -> str:
     """Return RUN/adapter or RUN/model for the folder of a run, and any other `name` as it is."""
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     stored = read_object(folder / CONFIG)
     if stored is None or "fluvial" not in stored:
         return name
@@ -322,7 +322,7 @@ def _base_of(folder: Path, config: dict[str, Any], run: dict[str, Any]) -> str:
     base = config.get("base_model_name_or_path")
     ours = run.get("model", {}).get("name_or_path")
     local = isinstance(base, str) and base.startswith((".", "/", "~"))
-    gone = local and not Path(str(base)).expanduser().is_dir()
+    gone = local and not expanded(str(base)).is_dir()
 
     if ours == EMBEDDED or (isinstance(ours, str) and (not base or gone)):
         return str(ours)

@@ -20,6 +20,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.network import reachable_hub
 from fluvial.models.pool import ModelPool
 from fluvial.models.stored import first_line
+from fluvial.storage.files import expanded
 from fluvial.wire.tensors import Named
 
 MISSING = "--tasks needs lm-eval: pip install 'fluvial[evaluation]'"
@@ -68,7 +69,7 @@ class Harness:
     def _load(self, name: str, *, reached: bool) -> list[Any]:
         """Return a task, a group, or the tasks of a tag."""
         folder = self.config.datasets.get(name)
-        changes = None if folder is None else {"dataset_path": str(folder.expanduser().resolve())}
+        changes = None if folder is None else {"dataset_path": str(expanded(folder).resolve())}
 
         try:
             if changes is None:
@@ -126,7 +127,7 @@ class Harness:
 
         config = self.config
         out = config.out
-        tracker = EvaluationTracker(output_path=None if out is None else str(out.expanduser()))
+        tracker = EvaluationTracker(output_path=None if out is None else str(expanded(out)))
 
         with pool.model(state) as model:
             asked = LoadedModel(
@@ -151,7 +152,7 @@ class Harness:
 
         results["config"] |= {"model": "hf", **_digests(name)}
         samples: Samples = results.pop("samples")
-        path = None if out is None else _write(tracker, results, samples, out.expanduser())
+        path = None if out is None else _write(tracker, results, samples, expanded(out))
         plain = json.loads(json.dumps(results, default=handle_non_serializable))
         return plain, samples, asked.cut_prompts, path
 
@@ -174,10 +175,10 @@ def _known(config: HarnessConfig) -> tuple[Any, list[str]]:
     from lm_eval.tasks import TaskManager
 
     folder = config.include_path
-    if folder is not None and not folder.expanduser().is_dir():
+    if folder is not None and not expanded(folder).is_dir():
         raise ConfigError(f"--include-path: there is no folder {str(folder)!r}")
 
-    paths = None if folder is None else [str(folder.expanduser().resolve())]
+    paths = None if folder is None else [str(expanded(folder).resolve())]
     if paths is not None:
         own = TaskManager(include_path=paths, include_defaults=False)
         if set(config.tasks) <= set(own.all_subtasks):
@@ -186,7 +187,7 @@ def _known(config: HarnessConfig) -> tuple[Any, list[str]]:
     manager = TaskManager(include_path=paths)
     names = []
     for name in config.tasks:
-        path = Path(name).expanduser()
+        path = expanded(name)
         matching = [str(path)] if path.is_file() else sorted(manager.match_tasks([name]))
         if not matching:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1)

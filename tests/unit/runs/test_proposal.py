@@ -350,6 +350,8 @@ def test_private_updates_over_quick_links_need_no_codec_that_learns(tiny_model: 
         (["--limit", "none", "--limit", "privacy"], "--limit none: names no limit"),
         (["--public", "records.jsonl"], "--public: without effect on the method of these limits"),
         (["--limit", "slow-links", "--public", "no.txt"], "--public: there is no file or folder"),
+        (["--data", "~nobody-here/a.jsonl"], "--data: there is no file or folder '~nobody-here"),
+        (["--model", "~nobody-here/m"], "there is no folder '~nobody-here/m'"),
     ],
 )
 def test_wrong_options_are_named(options: list[str], words: str, tiny_model: Path) -> None:

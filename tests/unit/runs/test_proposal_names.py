@@ -59,6 +59,19 @@ def test_names_with_the_marks_of_the_options_are_known_sites() -> None:
     }
 
 
+def test_a_column_may_have_any_name(tiny_model: Path) -> None:
+    """Also that of a number of shares, or of the choice of a site for each file."""
+    table = [{**row, "3": "ab"[n % 2], "file": "cd"[n % 2]} for n, row in enumerate(rows("a") * 2)]
+    options = ("--model", str(tiny_model), "--data", written(table), "--force")
+    for column in ("3", "file"):
+        partition = proposed(*options, "--site-column", column).data.partition
+        assert partition.model_dump() | {"column": column} == partition.model_dump()
+    with pytest.raises(ConfigError, match="--site-column '4': .* has the columns"):
+        run_init("--yes", *options, "--site-column", "4")
+
+    assert renamed_columns(["prompt=two\nlines"]) == {"": {"prompt": "two\nlines"}}
+
+
 def test_a_held_out_file_of_either_of_two_sites_is_refused() -> None:
     for name in ("a.jsonl", "a=b.jsonl", "one.jsonl", "b=one.jsonl"):
         written(rows(name), name)

@@ -20,6 +20,7 @@ from fluvial.runs.config import parse
 from fluvial.runs.export import export_run
 from fluvial.runs.run import execute
 from fluvial.storage.files import write_whole
+from fluvial.storage.run_files import check_free
 from fluvial.training.folders import kind_of, read_adapter_folder
 from fluvial.training.opened import check_base
 from tests.support.runs import run_table, small_table
@@ -192,3 +193,10 @@ def test_a_run_replaces_nothing_of_others(
     with pytest.raises(CheckpointError, match=r"holds no run, but .*, which a run would replace"):
         next(execute(parse(run_config, "test"), tmp_path))
     assert mine.read_text() == draft.read_text() == "kept"
+
+
+def test_a_path_that_is_no_text_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
+    """Weights are written at the end, by a library that takes UTF-8 only."""
+    with pytest.raises(CheckpointError, match=r"a\\udc80b: its path is no UTF-8"):
+        check_free(tmp_path / "a\udc80b", resume=False)
+    check_free(tmp_path / "\u00e4", resume=False)

@@ -263,7 +263,8 @@ def renamed_columns(pairs: Sequence[str], sites: Sequence[str] = ()) -> dict[str
     for pair in pairs:
         named = [f"{re.escape(site)}:" for site in sorted(sites, key=len, reverse=True)]
         places = (*named, "", ".+?:")  # that of another site is refused where all sites are known
-        fits = (re.fullmatch(f"({place})({'|'.join(FIELDS)})=(.+)", pair) for place in places)
+        form = f"({{}})({'|'.join(FIELDS)})=(.+)"
+        fits = (re.fullmatch(form.format(place), pair, re.DOTALL) for place in places)
         found = next(filter(None, fits), None)
         if found is None:
             raise ConfigError(

@@ -7,7 +7,7 @@ from fluvial.data.faults import DataError
 from fluvial.data.files import UTF8, read_text
 from fluvial.data.readers import READERS
 from fluvial.data.sources import DELIMITED, is_saved
-from fluvial.storage.files import exists
+from fluvial.storage.files import exists, expanded
 
 MARKS_OF_UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 DELIMITERS = (",", ";", "\t", "|")
@@ -41,7 +41,7 @@ def usual_reading(path: Path) -> dict[str, str]:
 def is_ascii(path: Path) -> bool:
     """Return whether a file, or the first file of a folder, reads the same in every encoding of
     one byte and in UTF-8."""
-    path = _first(path.expanduser())
+    path = _first(expanded(path))
     return path.is_file() and path.read_bytes().isascii()
 
 

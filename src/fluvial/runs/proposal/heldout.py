@@ -19,6 +19,7 @@ from fluvial.runs.proposal.records import (
     readable_records,
 )
 from fluvial.runs.proposal.separate import site_of
+from fluvial.storage.files import expanded
 from fluvial.storage.kinds import kind_of, taken_over
 
 ALL = ""
@@ -100,7 +101,7 @@ def _parted(option: str, sites: Sequence[str]) -> tuple[str, str]:
     """
     known = sorted((site for site in sites if option.startswith(f"{site}=")), key=len, reverse=True)
     named = [(site, option.removeprefix(f"{site}=")) for site in known]
-    there = [pair for pair in named if Path(pair[1]).expanduser().exists()]
+    there = [pair for pair in named if expanded(pair[1]).exists()]
     if len(there) > 1:
         raise ConfigError(
             f"--heldout {option!r}: names a file of each of the sites {' and '.join(known)}; name "
@@ -109,7 +110,7 @@ def _parted(option: str, sites: Sequence[str]) -> tuple[str, str]:
     if named:
         return (there or named)[0]
 
-    if not sites or "=" not in option or Path(option).expanduser().exists():
+    if not sites or "=" not in option or expanded(option).exists():
         return ALL, option
     raise ConfigError(
         f"--heldout {option!r}: no --data makes a site {option.partition('=')[0]!r}; they make "

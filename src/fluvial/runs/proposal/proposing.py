@@ -22,6 +22,7 @@ from fluvial.runs.proposal.same_form import in_one_form
 from fluvial.runs.proposal.settings import Answers, sections
 from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
 from fluvial.storage import paths
+from fluvial.storage.files import expanded
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ def _named(file: Path, records: RecordFiles) -> str:
 
 def path_from(file: Path, name: str) -> str:
     """Return a path as `file` names it: relative to its folder if it lies below, else whole."""
-    path = Path(name).expanduser().resolve()
-    folder = file.resolve().parent
+    path = Path(os.path.realpath(expanded(name)))
+    folder = Path(os.path.realpath(file)).parent  # that of pathlib raises for a loop of links
     return (
         Path(os.path.relpath(path, folder)).as_posix() if path.is_relative_to(folder) else str(path)
     )

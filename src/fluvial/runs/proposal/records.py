@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 
 from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults
@@ -17,6 +16,7 @@ from fluvial.runs.proposal.columns import form_of, guessed_columns
 from fluvial.runs.proposal.file_reading import usual_reading
 from fluvial.runs.proposal.undecided import unknown_columns
 from fluvial.storage import toml
+from fluvial.storage.files import expanded
 from fluvial.storage.paths import BUNDLED
 
 Ask = Callable[["RecordFiles"], Mapping[str, str]]
@@ -162,7 +162,7 @@ def readable_records(source: str, option: str, faults: Faults) -> RecordFiles:
                 f"{option} {source!r}: is text of this machine that has sites of its own; run it "
                 "as it is with `fluvial run recipe:quickstart` or recipe:stdlib"
             )
-        reading = usual_reading(Path(source).expanduser()) if local else {}
+        reading = usual_reading(expanded(source)) if local else {}
         config = toml.read(DataConfig, {"source": source, **reading}, option)
         found = tables(Source(option, source, config.split, config.reading()), faults)
 

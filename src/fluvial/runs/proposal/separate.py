@@ -4,7 +4,6 @@ import shlex
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from pathlib import Path
 
 from fluvial.data.faults import Faults, listed
 from fluvial.data.site_names import composed, fault_of
@@ -19,6 +18,7 @@ from fluvial.runs.proposal.records import (
 )
 from fluvial.runs.proposal.sites import Sites, answer_pairs
 from fluvial.runs.proposal.undecided import UndecidedError, noting, unknown_answer
+from fluvial.storage.files import expanded
 
 
 def separate(
@@ -102,7 +102,7 @@ def named_sources(options: Sequence[str]) -> list[tuple[str | None, str]]:
     found: list[tuple[str | None, str]] = []
     for option in options:
         name, mark, source = option.partition("=")
-        if not mark or Path(option).expanduser().exists():
+        if not mark or expanded(option).exists():
             found.append((None, option))
             continue
 
@@ -143,7 +143,7 @@ def site_of(source: str, given: str | None) -> str:
     """
     if given is not None:
         return given
-    path = Path(source).expanduser()
+    path = expanded(source)
     name = composed(path.resolve().name if path.is_dir() else path.stem)
     fault = fault_of(name)
     if fault is not None:
