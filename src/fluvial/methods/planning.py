@@ -14,7 +14,16 @@ from fluvial.federation.line import round_s
 from fluvial.formatting import human_seconds
 from fluvial.methods.idle import idle_bounds, idle_feedback, idle_fraction, idle_targets
 from fluvial.methods.interface import CheckRow, Forecast, Given, MethodSettings, Plan
-from fluvial.methods.traffic import Measured, Traffic, shared_down, shared_up, starts
+from fluvial.methods.traffic import (
+    CODED,
+    Bytes,
+    Measured,
+    Traffic,
+    coded_frame,
+    shared_down,
+    shared_up,
+    starts,
+)
 from fluvial.models.quantised import quantised_bytes
 from fluvial.wire.payload import Value
 from fluvial.wire.tensors import Layout, factor
@@ -116,7 +125,7 @@ def coded(
     # In round 1 the sites make the adapter from the seed, but not an exact side path.
     downloads = given.rounds - (given.downlink is not None or starts(received))
     rows = [
-        *frame_rows(config, given, frame),
+        *frame_rows(config, given, frame, likely=coded_frame(given.codec, sent)),
         ("down, whole run", f"{down * cohort * downloads:,} B to all sites, {UNCOUNTED}"),
         *memory_rows(given, sent),
     ]
@@ -162,12 +171,16 @@ def line_row(seconds: float) -> CheckRow:
     )
 
 
-def frame_rows(config: MethodSettings, given: Given, frame: int) -> list[CheckRow]:
-    """Return the rows about updates of `frame` bytes."""
+def frame_rows(
+    config: MethodSettings, given: Given, frame: int, *, likely: Bytes | None = None
+) -> list[CheckRow]:
+    """Return the rows about updates of `frame` bytes, which are `likely`, see `coded_frame`."""
     total = frame * config.cohort(given.sites) * given.rounds
     kind = CODECS.get(given.codec.name)
-    up_to = "" if kind is None or kind.fills else "up to about "
+    differs = likely is not None and 0 < likely.least < likely.most
+    up_to = "about " if differs else "" if kind is None or kind.fills else "up to about "
     size = f"{up_to}{frame:,} B, 1/{given.layout.raw_bytes / frame:.1f}"
+    size += f", {100 * CODED:.0f} % more or less" if differs else ""
     if given.codec.snr_driven:
         return [
             ("frame of an update in round 1", size),

@@ -1,17 +1,19 @@
 """Predicted bytes of a coded update, against frames of updates of several distributions."""
 
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 
 from fluvial.codecs import build, read_settings
+from fluvial.codecs.forecast import frame_size
 from fluvial.methods.fedcybgd import predict
 from fluvial.methods.fedcybgd.blocks import is_sparse, partition
 from fluvial.methods.fedcybgd.config import FedCyBgdConfig
 from fluvial.methods.interface import Given
-from fluvial.methods.traffic import coded_frame
+from fluvial.methods.planning import frame_rows
+from fluvial.methods.traffic import coded_frame, shared_up
 from fluvial.wire.tensors import Layout
 
 LAYOUT = Layout(
@@ -60,3 +62,24 @@ def test_a_block_of_embeddings_is_within_its_prediction(name: str) -> None:
     assert up[untied].up.words.startswith("at most ")
     small = coded_frame(settings, first.layout)
     assert (up[tied].up.least >= small.least > 0) == (name != "powersgd")
+
+
+@pytest.mark.parametrize("name", ["trellis", "int8", "powersgd"])
+def test_the_frame_and_what_is_sent_are_one_statement(name: str) -> None:
+    """A frame that may differ is about its size; the range with headers holds it and no more."""
+    settings = read_settings({"name": name} | ({} if name == "int8" else {"rate": 16}))
+    given = SimpleNamespace(codec=settings, layout=LAYOUT, sites=4, rounds=3)
+    config = SimpleNamespace(cohort=lambda sites: sites)
+    frame = frame_size(settings, LAYOUT)
+    likely = coded_frame(settings, LAYOUT)
+    rows = dict(frame_rows(cast(Any, config), cast(Any, given), frame, likely=likely))
+    lead = {"trellis": "about ", "int8": "", "powersgd": "up to about "}[name]
+    assert rows["frame of an update"].startswith(f"{lead}{frame:,} B, 1/")
+    assert rows["frame of an update"].endswith(", 1 % more or less") == (name == "trellis")
+    assert rows["up, whole run"].startswith(f"{lead}{12 * frame:,} B from all sites")
+
+    sent = shared_up(settings, LAYOUT)
+    around = sent.most - likely.most
+    assert 0 < around < 64
+    if name == "trellis":
+        assert 0.99 * frame - 1 <= likely.least <= frame <= likely.most <= 1.01 * frame + 1
