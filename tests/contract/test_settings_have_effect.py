@@ -49,6 +49,7 @@ QUICK: dict[str, tuple[Table, Any]] = {
     "FedAvgConfig.factors": ({}, "B"),
     "FedAvgConfig.server_learning_rate": ({}, 1.5),
     "FedAvgConfig.server_momentum": ({}, 0.9),
+    "FedAvgConfig.ema_decay": ({}, 0.5),
     "FedAvgConfig.aggregation": ({}, {"mode": "residual"}),
     "AggregationSettings.mode": ({}, "svd"),
     "AggregationSettings.residual_rank": (
@@ -252,6 +253,7 @@ SLOW: dict[str, tuple[Table, Any]] = {
     "CgFedLlmConfig.fraction": (LEARNS, FRACTION),
     "CgFedLlmConfig.server_learning_rate": (LEARNS, 1.5),
     "CgFedLlmConfig.server_momentum": (LEARNS, 0.9),
+    "CgFedLlmConfig.ema_decay": (LEARNS, 0.5),
     "CgFedLlmConfig.representation": (LEARNS, "state"),
     "CgFedLlmConfig.tgap": (LEARNS, TGAP | {"share": 0.6}),
     "CgFedLlmConfig.aggregation": (

@@ -17,7 +17,7 @@ from fluvial.runs.run import execute
 from fluvial.seeds import generator
 from fluvial.training.train import train
 from fluvial.wire.payload import Payload
-from fluvial.wire.tensors import Named, add, digest, norm, relative_error, subtract
+from fluvial.wire.tensors import Named, add, digest, norm, relative_error, scale, subtract
 from tests.contract.test_methods import SETTINGS
 from tests.support.runs import adapter_of, run_table, run_with_stops
 from tests.support.weights import read_weights
@@ -126,6 +126,30 @@ def test_server_momentum_is_nesterov_sgd_of_torch(
     assert relative_error(subtract(adapter, initial), subtract(run, initial)) < 1e-10
     stopped = run_with_stops(table, tmp_path / "stopped", [3, 99])
     assert digest(adapter_of(stopped | {"folder": str(tmp_path / "stopped")})) == digest(run)
+
+
+@pytest.mark.parametrize(
+    "method", [{"name": "fedavg"}, {"name": "cgfedllm", "tgap": {"source": "none"}}], ids=str
+)
+def test_a_moving_average_is_that_of_the_adapters_of_all_rounds(
+    method: dict[str, Any], one_site: dict[str, Any], tmp_path: Path
+) -> None:
+    """Training is that without an average, whose adapters are those of runs of one, two and three
+    rounds; what is exported and measured is their average, also resumed."""
+    table = one_site | {"method": method, "codec": {"name": "identity"}}
+    first, second, third = (
+        adapter_of(run_table(table | {"rounds": rounds}, tmp_path / str(rounds)))
+        for rounds in (1, 2, 3)
+    )
+    early = add(scale(first, 0.75), scale(second, 0.25))
+    expected = add(scale(early, 0.75), scale(third, 0.25))
+
+    averaged = table | {"rounds": 3, "method": method | {"ema_decay": 0.75}}
+    run = run_table(averaged, tmp_path / "straight")
+    assert digest(adapter_of(run)) == digest(expected)
+    stopped = run_with_stops(averaged, tmp_path / "stopped", [3, 99])
+    assert digest(adapter_of(stopped | {"folder": str(tmp_path / "stopped")})) == digest(expected)
+    assert stopped["heldout"] == run["heldout"]
 
 
 def test_one_site_is_the_local_baseline(one_site: dict[str, Any], tmp_path: Path) -> None:

@@ -114,6 +114,7 @@ class FedAvgServer(SharedModelServer):
             context,
             terms(config, context.codec),
             momentum=moving.server_momentum,
+            ema_decay=moving.ema_decay,
         )
 
     @property

@@ -82,6 +82,7 @@ class CgFedLlmServer(SharedModelServer):
             on_refusal=config.gate,
             rule=rule(config.privacy),
             momentum=config.server_momentum,
+            ema_decay=config.ema_decay,
         )
         self.longest = 0.0
         self.rounds_done = 0
