@@ -42,6 +42,7 @@ from benchmarks.engine.size_contenders import (
     TINY,
     Shape,
     Table,
+    float_type,
     make_model,
     table_of,
 )
@@ -252,7 +253,7 @@ def settings(*, quick: bool) -> Row:
     return {
         "quick": quick,
         "shape": shape.name,
-        "dtype": "bfloat16",
+        "dtype": float_type(),
         "sites": SITES,
         "rounds": ROUNDS,
         "steps": 1,

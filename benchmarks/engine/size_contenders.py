@@ -10,6 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.codecs.contenders import CONTENDERS as ALL
 from benchmarks.codecs.contenders import Contender
 from fluvial.codecs import must_learn
+from fluvial.models.cpu_types import SLOW, times_slower
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.tokenizers import load_tokenizer
 from fluvial.runs.config import parse
@@ -56,6 +57,13 @@ CONTENDERS = (
         "published",
         {"name": "nf4"},
         {"name": "nf4"},
+        lora=_BUDGET_SCALE,
+    ),
+    Contender(
+        "powersgd 1/64 + EF, both ways, r 2, alpha 16",
+        "published",
+        {"name": "powersgd", "rate": 64, "error_feedback": True},
+        {"name": "powersgd", "rate": 64},
         lora=_BUDGET_SCALE,
     ),
     Contender("auto at 20 Mbit/s", "ours", {"name": "auto", "uplink_mbps": 20}),
@@ -110,11 +118,17 @@ def make_model(shape: Shape, folder: Path) -> Path:
     return path
 
 
+def float_type() -> str:
+    """Return the float type in which sites compute: that of the weights, or float32 on a CPU that
+    is slow in it, where a step would hide everything else."""
+    return "float32" if times_slower(torch.bfloat16) >= SLOW else "bfloat16"
+
+
 def table_of(contender: Contender, model: Path, text: Path, *, rounds: int, steps: int) -> Table:
     """Return the configuration of a contender's run; a codec that learns has a short
     pre-training on public text, which only its set-up shows."""
     table: Table = {
-        "model": {"name_or_path": str(model)},
+        "model": {"name_or_path": str(model), "dtype": float_type()},
         "rounds": rounds,
         "lora": {"r": 16, "target_modules": "all-linear", "lora_dropout": 0.0} | contender.lora,
         "data": {
