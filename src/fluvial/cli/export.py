@@ -91,10 +91,7 @@ def _lines(made: "Exported") -> list[str]:
     if made.form != "peft":
         lines = [f"wrote {path}: a model of transformers, with its card README.md"]
         if made.check is not None:
-            lines.append(
-                f"its logits differ from base and adapter by {made.check.error:.1e} of their norm "
-                f"(accepted: {made.check.tolerance:g}); the adapter changes {made.check.effect:.1e}"
-            )
+            lines.append(f"its logits {made.check.words}")
         return [
             *lines,
             f"transformers  pipeline('text-generation', model={path!r})",

@@ -42,7 +42,24 @@ class MergeCheck:
     effect: float
     """||adapted - base|| / ||adapted||, what the adapter changes."""
     tolerance: float
-    """The largest error that is accepted."""
+    """The largest error that rounding explains, by the type that is written."""
+
+    @property
+    def most(self) -> float:
+        """The largest error that is accepted."""
+        return min(self.tolerance, SHARE * self.effect)
+
+    @property
+    def words(self) -> str:
+        """The comparison for people, after "the logits of the merged model"."""
+        error, most, rounding, effect = (
+            f"{100 * share:.2g} %" for share in (self.error, self.most, self.tolerance, self.effect)
+        )
+        return (
+            f"differ from those of base and adapter by {error} of their norm, on random tokens; at "
+            f"most {most} is accepted, the smaller of {rounding} for rounding and half of the "
+            f"{effect} by which the adapter changes the base's"
+        )
 
 
 def merge(
@@ -84,7 +101,7 @@ def merge(
 
 
 def _judge(check: MergeCheck, kind: torch.dtype) -> None:
-    if check.error <= check.tolerance and check.error <= SHARE * check.effect:
+    if check.error <= check.most:
         return
 
     remedy = (
@@ -95,8 +112,7 @@ def _judge(check: MergeCheck, kind: torch.dtype) -> None:
     )
     raise ConfigError(
         f"the merged model in {str(kind).removeprefix('torch.')} is not base and adapter: its "
-        f"logits differ by {check.error:.2g} of their norm (at most {check.tolerance:g}), and the "
-        f"adapter itself changes {check.effect:.2g} (at most half of that may be lost); {remedy}"
+        f"logits {check.words}; {remedy}"
     )
 
 

@@ -156,7 +156,7 @@ def export_run(
             facts = {
                 "digest of the base": prints["base"],
                 "digest of the tokenizer": prints["tokenizer"],
-                **({} if check is None else {"merged logits": _words(check)}),
+                **({} if check is None else {"merged logits": check.words}),
             }
             paper = METHODS[config["method"]["name"]].paper if _known(config) else ""
             described = Described(
@@ -315,13 +315,6 @@ def _named(config: JsonObject, base: str | None) -> JsonObject:
     data = {**config["data"], "source": Path(str(config["data"]["source"])).name}
     model = {} if base is None else {**config["model"], "name_or_path": base}
     return {**config, "data": data, "model": model}
-
-
-def _words(check: MergeCheck) -> str:
-    return (
-        f"differ from base and adapter by {check.error:.1e} of their norm (accepted: "
-        f"{check.tolerance:g}); the adapter changes {check.effect:.1e}"
-    )
 
 
 def _copy(source: Path, draft: Path, *, all_but: tuple[str, ...]) -> None:
