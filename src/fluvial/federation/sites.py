@@ -240,8 +240,7 @@ def measure_heldout(site: Site, adapter: Named, new_tokens: int, of: str = "") -
     scores = AnswerSums.over(answers, data.questions, of)
     site.pool.right_answers[site.name] = right_answers(answers, data.questions)
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
-    without_end = sum(answer.cut for answer in answers)
-    return measures(sums, replace(scores, too_long=too_long, without_end=without_end))
+    return measures(sums, replace(scores, too_long=too_long))
 
 
 def after_round(round: int) -> str:

@@ -12,10 +12,11 @@ import string
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 from fluvial.data import Question
+from fluvial.models.generation import Continuation
 from fluvial.training.rouge import rouge
 
 logger = logging.getLogger(__name__)
@@ -62,9 +63,10 @@ class AnswerSums:
 
     @classmethod
     def over(
-        cls, answers: Iterable[str], questions: Sequence[Question], of: str = "the model"
+        cls, answers: Iterable[Continuation], questions: Sequence[Question], of: str = "the model"
     ) -> Self:
-        """Return the sums over the answers to `questions`, in their order.
+        """Return the sums over the answers to `questions`, in their order, with the number of those
+        without an end.
 
         Lines about progress name the model that wrote them as `of`.
         """
@@ -72,7 +74,8 @@ class AnswerSums:
         logged_s = time.monotonic()
 
         for answer, question in zip(answers, questions, strict=True):
-            sums += cls.of(answer, [question.answer, *question.references])
+            scores = cls.of(answer, [question.answer, *question.references])
+            sums += replace(scores, without_end=int(answer.cut))
             if time.monotonic() - logged_s > 1:
                 logged_s = time.monotonic()
                 logger.info("greedy answers of %s: %d of %d", of, sums.questions, len(questions))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fluvial.data import DataConfig, DataError, Question, read_whole
+from fluvial.models.generation import Continuation
 from fluvial.training.answer_scores import AnswerSums
 
 
@@ -35,10 +36,12 @@ def test_references_stand_beside_the_answer_that_is_learned(
 
 def test_an_answer_counts_by_its_best_reference() -> None:
     question = Question("p", "red hat", ("a blue cap", "cap"))
-    assert AnswerSums.over(["cap", "hat", "blue cap"], [question] * 3) == (
+    answers = [Continuation(text, cut=text == "hat") for text in ("cap", "hat", "blue cap")]
+    assert AnswerSums.over(answers, [question] * 3) == (
         AnswerSums.of("cap", ["cap"])
         + AnswerSums.of("hat", ["red hat"])
         + AnswerSums.of("blue cap", ["a blue cap"])
+        + AnswerSums(without_end=1)
     )
 
 

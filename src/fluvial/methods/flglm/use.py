@@ -53,8 +53,7 @@ def evaluate(site: Site, message: Payload) -> Talk:
     scores = AnswerSums.over(answers, data.questions, of)
     pool = site.pool
     too_long = count_too_long(pool.tokenizer, prompts, new_tokens, pool.outline.context)
-    without_end = sum(answer.cut for answer in answers)
-    return measures(sums, replace(scores, too_long=too_long, without_end=without_end))
+    return measures(sums, replace(scores, too_long=too_long))
 
 
 def sample(site: Site, message: Payload) -> Talk:
