@@ -146,6 +146,8 @@ def test_several_sources_are_a_site_each_with_its_own_columns(tiny_model: Path) 
     assert own["rome"].columns == {"prompt": "question", "completion": "answer"}
     head = Path("q.toml").read_text().splitlines()[0]
     assert head.startswith("# `fluvial init` wrote this file for ")  # true after changes, too
+    comments = [line for line in Path("q.toml").read_text().splitlines() if "not used" in line]
+    assert comments == ["# not used at 'rome': 'hospital'"]
 
     renamed = ("--column", "prompt=Frage", "--column", "completion=Antwort")
     with pytest.raises(ConfigError, match="--data 'oslo.jsonl': --column.*--column oslo:prompt="):

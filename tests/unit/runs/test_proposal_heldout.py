@@ -63,11 +63,17 @@ def test_held_out_records_whose_columns_or_bytes_differ(tiny_model: Path) -> Non
     other = proposed(*options, written(rows, "asked.jsonl")).data.heldout
     assert other is not None
     assert other.model_dump(exclude_unset=True) == {"columns": {}}
+    why = (
+        "# the held-out file differs: its columns have the names of our fields, so none is renamed"
+    )
+    assert why in " ".join(Path("q.toml").read_text().replace("\n#", "").split())
 
     text = "".join(f"{r['hospital']},É {r['prompt']},{r['completion']}\n" for r in rows)
     Path("asked.csv").write_text(f"hospital,Frage,Antwort\n{text}", encoding="utf-8")
     same = proposed(*options, "asked.csv").data.heldout
     assert same is not None
+    why = "# the held-out file differs: encoding and delimiter as the file was found"
+    assert why in Path("q.toml").read_text()
     assert same.model_dump(exclude_unset=True) == {"encoding": "utf-8", "delimiter": ","}
 
     plain = text.replace("É", "E").replace(",", ";")  # ASCII reads the same in both encodings

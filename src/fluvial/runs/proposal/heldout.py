@@ -34,6 +34,21 @@ class Heldout:
     reading: Mapping[str, Any]
     """Settings in which its reading differs from that of the records to train on."""
 
+    @property
+    def reading_why(self) -> str:
+        """The difference in words."""
+        parts = []
+        if "columns" in self.reading:
+            parts.append(
+                "our field = its column"
+                if self.reading["columns"]
+                else "its columns have the names of our fields, so none is renamed"
+            )
+        found = [key for key in self.reading if key != "columns"]
+        if found:
+            parts.append(f"{' and '.join(found)} as the file was found")
+        return f"the held-out file differs: {'; '.join(parts)}"
+
 
 def read_heldout(
     options: Sequence[str], sources: Sequence[RecordFiles], faults: Mapping[str, Faults]

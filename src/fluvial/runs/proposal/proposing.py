@@ -20,7 +20,7 @@ from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, SeparateFacts
 from fluvial.runs.proposal.same_form import in_one_form
 from fluvial.runs.proposal.settings import Answers, sections
-from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_columns
+from fluvial.runs.proposal.sites import Sites, answer_pairs, unused_words
 from fluvial.storage import paths
 from fluvial.storage.files import expanded
 
@@ -92,13 +92,13 @@ def _found(answers: Answers) -> tuple[str, ...]:
     data = answers.data
     lengths = answers.lengths
     columns = ", ".join(data.names[:12]) + (", ..." if len(data.names) > 12 else "")
-    unused = unused_columns(data, answers.sites)
+    unused = unused_words(data, answers.sites)
     pairs = answer_pairs(data, answers.sites)
     further = "".join(f"; for {' -> '.join(pair)}: {as_options(*pair)}" for pair in pairs[:1])
     return (
         f"model: {answers.model.words()}",
         f"records: {len(data.rows):,}, form {data.forms}, columns {columns}",
-        *([f"not used: {listed(unused)}{further}"] if unused else []),
+        *([f"not used: {unused}{further}"] if unused else []),
         f"sites: {answers.sites.words()}; {answers.sites.why}",
         *_only_here(answers.sites),
         f"lengths in tokens: middle {lengths.quantile(0.5):,}, longest {lengths.longest:,} of "

@@ -233,8 +233,7 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
         why = "held-out records that sites share"
     settings.append(Setting("heldout_source", answers.heldout_paths[site], why))
     if apart.reading:
-        why = "where they are read in another way than the source"
-        settings.append(Setting("heldout", dict(apart.reading), why))
+        settings.append(Setting("heldout", dict(apart.reading), apart.reading_why))
     return settings
 
 
@@ -260,6 +259,7 @@ def _by_site(answers: Answers) -> list[Section]:
                 *_source(answers, part, answers.data_paths[name], name),
                 *chat_template(answers, part, name),
             ],
+            remarks=_not_used(answers, part, f" at {shown(name)}"),
         )
         for name, part in answers.data.parts.items()
     ]
@@ -274,17 +274,17 @@ def _data(answers: Answers) -> Section:
     if answers.public_path is not None:
         why = "text of no site, on which the codec is chosen"
         settings.append(Setting("public_source", answers.public_path, why))
-    return Section("[data]", settings, remarks=_not_used(answers))
+    return Section("[data]", settings, remarks=[] if separate else _not_used(answers, data))
 
 
-def _not_used(answers: Answers) -> list[str]:
+def _not_used(answers: Answers, data: DataFacts, where: str = "") -> list[str]:
     """Return a comment that names the columns which no setting uses, and how to learn one."""
-    unused = unused_columns(answers.data, answers.sites)
+    unused = unused_columns(data, answers.sites)
     if not unused:
         return []
 
-    pairs = answer_pairs(answers.data, answers.sites)
-    remark = f"not used: {listed(unused)}"
+    pairs = answer_pairs(data, answers.sites)
+    remark = f"not used{where}: {listed(unused)}"
     if pairs:
         (text, answer), *_ = pairs
         remark += f"; for {text} -> {answer}: columns = "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.faults import shown
+from fluvial.data.faults import listed, shown
 from fluvial.data.forms import fields_of
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
@@ -116,11 +116,20 @@ def likely_columns(facts: DataFacts) -> Sequence[str]:
     return owner_columns(facts.rows, facts.other_columns)
 
 
+def unused_words(facts: DataFacts, sites: Sites) -> str:
+    """Return the columns that are neither text nor owner of a record, with their sites where each
+    has a source; "" for none."""
+    if not isinstance(facts, SeparateFacts):
+        return listed(unused_columns(facts, sites))
+    owners: dict[str, list[str]] = {}
+    for name, part in facts.parts.items():
+        if unused := listed(unused_columns(part, sites)):
+            owners.setdefault(unused, []).append(name)
+    return "; ".join(f"{unused} at {listed(names)}" for unused, names in owners.items())
+
+
 def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
-    """Return the columns that are neither text nor owner of a record."""
-    if isinstance(facts, SeparateFacts):
-        each = [unused_columns(part, sites) for part in facts.parts.values()]
-        return list(dict.fromkeys(name for names in each for name in names))
+    """Return the columns of a source that are neither text nor owner of a record."""
     used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
     used.add(sites.partition.get("column", ""))
     return [name for name in facts.names if name not in used]
