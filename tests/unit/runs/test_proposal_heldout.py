@@ -63,9 +63,7 @@ def test_held_out_records_whose_columns_or_bytes_differ(tiny_model: Path) -> Non
     other = proposed(*options, written(rows, "asked.jsonl")).data.heldout
     assert other is not None
     assert other.model_dump(exclude_unset=True) == {"columns": {}}
-    why = (
-        "# the held-out file differs: its columns have the names of our fields, so none is renamed"
-    )
+    why = "held-out file differs: its columns have the names of our fields, so none is renamed"
     assert why in " ".join(Path("q.toml").read_text().replace("\n#", "").split())
 
     text = "".join(f"{r['hospital']},É {r['prompt']},{r['completion']}\n" for r in rows)
