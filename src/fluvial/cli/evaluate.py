@@ -254,7 +254,7 @@ def evaluate(
             measured["records"] = how_records_are_read(
                 settings.data, run, overrides or [], measured["data"]["form"]
             )
-            known = trained_on(Path(target).expanduser(), settings.data)
+            known = trained_on(expanded(target), settings.data)
             measured["records"]["trained_on"] = known
             measured["records"]["warning"] = trained_words(known, measured["data"]["records"])
 

@@ -107,7 +107,7 @@ def site_start(folder: Path, *, warm: bool = True, port: int | None = None) -> i
     """Run a SuperNode and, if `warm`, its answering process; return the exit code when one ends."""
     site = read_site_file(folder / "site.toml")
     with private(), _alone(folder, site):
-        sweep(site.folder)
+        sweep(site.folder, ["runs"])
         while (code := _run_site(folder, site, warm=warm, port=port)) == OUT_OF_STEP:
             pass
         return code

@@ -5,12 +5,12 @@ from typing import Any
 
 from fluvial import caller
 from fluvial.errors import CheckpointError
-from fluvial.runs.budget.settled import BUDGET, Open, opened, settle
+from fluvial.runs.budget.settled import Open, opened, settle
 from fluvial.runs.checkpoint import RunFolder
 from fluvial.runs.config import RunConfig, difference
 from fluvial.storage import paths
 from fluvial.storage.inputs import changed, digests
-from fluvial.storage.run_files import CONFIG, DESCRIPTION, INPUTS, anew, check_free
+from fluvial.storage.run_files import BUDGET, CONFIG, DESCRIPTION, INPUTS, anew, check_free
 
 
 def begun(

@@ -41,6 +41,7 @@ from fluvial.storage.files import (
     write_atomically,
 )
 from fluvial.storage.run_files import (
+    BUDGET,
     CHECKPOINTS,
     CONFIG,
     DIGESTS,
@@ -51,6 +52,7 @@ from fluvial.storage.run_files import (
     RESULT,
     SETUP,
     SITES,
+    WRITTEN,
     anew,
     begun,
     check_written,
@@ -61,6 +63,8 @@ from fluvial.wire.payload import OWN_FILES, Payload
 
 KEPT = 2
 _FINISHED = (CONFIG, METRICS)
+_OWN = (CONFIG, RESULT, CHECKPOINTS, BUDGET, *WRITTEN)
+"""Files and folders of a run, beside which its folder may hold others."""
 
 
 def _sidecar(path: Path, data: bytes) -> bytes:
@@ -100,7 +104,7 @@ class RunFolder:
             (self.path / LOCK).chmod(0o600)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if self._is_ours():
-                sweep(self.path)
+                sweep(self.path, _OWN)
         except BlockingIOError:
             if self._lock:
                 self._lock.close()
@@ -144,10 +148,10 @@ class RunFolder:
     def finish(self, result: dict[str, Any]) -> None:
         """Write the result, after the digests of all that a finished run consists of."""
         listed = {RESULT: digest_of(_readable(result))}
-        for path in sorted(self.path.rglob("*")):
-            name = path.relative_to(self.path)
-            if path.is_file() and (str(name) in _FINISHED or name.parts[0] in EXPORTS):
-                listed[str(name)] = digest_of_file(path)
+        exported = (path for name in EXPORTS for path in (self.path / name).rglob("*"))
+        for path in sorted([*(self.path / name for name in _FINISHED), *exported]):
+            if path.is_file():
+                listed[str(path.relative_to(self.path))] = digest_of_file(path)
 
         self.write_json(DIGESTS, listed)
         self.write_json(RESULT, result)

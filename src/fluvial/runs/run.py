@@ -29,7 +29,7 @@ from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
 from fluvial.runs.beginning import begun
 from fluvial.runs.budget.choice import choose
-from fluvial.runs.budget.settled import BUDGET, settle
+from fluvial.runs.budget.settled import settle
 from fluvial.runs.checkpoint import RunFolder, copy_finished
 from fluvial.runs.config import RunConfig
 from fluvial.runs.cross_site import OwnModels, own_models_everywhere
@@ -43,7 +43,7 @@ from fluvial.runs.result import directed, recorded, result_of, traffic_of
 from fluvial.runs.right_answers import answers_of, measured
 from fluvial.runs.trackers import check_trackers, tracked
 from fluvial.storage.files import private
-from fluvial.storage.run_files import COMPARE, CONFIG, REFUSED, SETUP, read_result
+from fluvial.storage.run_files import BUDGET, COMPARE, CONFIG, REFUSED, SETUP, read_result
 from fluvial.wire.payload import Payload, Value
 
 logger = logging.getLogger(__name__)

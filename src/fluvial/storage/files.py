@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -203,10 +203,15 @@ def digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Remove what a killed process left unfinished below `folder`; returns it. The caller
-    holds the folder's lock."""
-    record = [path for pattern in DRAFTS for path in folder.rglob(pattern)]
+def sweep(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Remove what a killed process left unfinished of the files and folders `names` in `folder`;
+    return it. The caller holds the folder's lock, and other files there may be of others."""
+    record = []
+    for name in names:
+        beside = [folder / pattern.replace("*", name) for pattern in DRAFTS]
+        record += [path for path in beside if os.path.lexists(path)]
+        record += [path for pattern in DRAFTS for path in (folder / name).rglob(pattern)]
+
     for path in record:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -21,6 +21,8 @@ REFUSED = "refused.json"
 SETUP = "setup.json"
 """The findings of the set-up, such as the gate's verdict and plans; it goes when the result, which
 has them too, is there."""
+BUDGET = "budget.json"
+"""The choice within the budget and its trials, so that a run that is resumed keeps it."""
 PAGE = "report.html"
 """The page of the run, for people."""
 DIGESTS = "digests.json"

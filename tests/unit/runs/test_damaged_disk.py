@@ -11,7 +11,7 @@ import pytest
 
 from fluvial.errors import CheckpointError
 from fluvial.federation.store import StateStore
-from fluvial.runs.checkpoint import RunFolder
+from fluvial.runs.checkpoint import _OWN, RunFolder
 from fluvial.runs.config import parse
 from fluvial.runs.run import execute
 from fluvial.site_process.journal import Journal
@@ -240,13 +240,32 @@ def test_what_a_killed_process_left_goes_when_the_folder_is_opened(
         stopped / "sites" / "north" / ".cache.0123456789abcdef.draft",
         stopped / ".adapter.partial" / "adapter_model.safetensors",
     ]
-    mine = stopped / ".notes"
-    for path in (*left, mine):
+    mine = [
+        stopped / ".notes",
+        stopped / "other" / ".mine.partial",
+        stopped / ".draft.partial" / "mine",
+        stopped / ".x.draft",
+    ]
+    for path in (*left, *mine):
         path.parent.mkdir(exist_ok=True)
         path.write_text("half")
 
     with RunFolder(stopped), pytest.raises(CheckpointError, match="in use"), RunFolder(stopped):
         pass
     assert not any(path.exists() for path in left)
-    assert mine.exists()
-    assert sweep(stopped) == []
+    assert all(path.exists() for path in mine)
+    assert sweep(stopped, _OWN) == []
+
+
+def test_a_run_looks_at_its_own_files_only(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may be that of a project, or a home with a million files."""
+    looked = []
+
+    def rglob(path: Path, _: str) -> list[Path]:
+        looked.append(path.relative_to(stopped).as_posix())
+        return []
+
+    monkeypatch.setattr(Path, "rglob", rglob)
+    with RunFolder(stopped) as folder:
+        folder.finish({})
+    assert {"checkpoints", "sites", "adapter"} <= set(looked) <= set(_OWN)

@@ -7,10 +7,7 @@ from fluvial.errors import CheckpointError, ConfigError
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.config import RunConfig
 from fluvial.storage import toml
-from fluvial.storage.run_files import anew
-
-BUDGET = "budget.json"
-"""File of a run's folder with the choice, so that a run that is resumed keeps it."""
+from fluvial.storage.run_files import BUDGET, anew
 
 
 @dataclass(frozen=True)
