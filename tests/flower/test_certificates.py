@@ -224,6 +224,7 @@ def test_the_log_of_a_run_without_a_result_ends_with_an_error(
     runs = [{"run-id": 17, "name": "hospitals", "status": status}] if status else []
     monkeypatch.setattr(server_operator, "status", lambda _: {"runs": runs, "sites": []})
 
+    (tmp_path / "server.toml").write_text('address = "127.0.0.1:8000"\nport = 8000\n')
     with pytest.raises(error, match=said) if error else nullcontext():
         server_operator.logs(tmp_path, 17, follow=False)
     assert shown[0][1:3] == ["log", "17"]

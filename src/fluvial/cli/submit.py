@@ -22,7 +22,8 @@ from fluvial.cli.console import (
 from fluvial.storage.recipes import stem
 
 RunNumber = Annotated[
-    int | None, typer.Argument(help="The run's number; default the one submitted last.")
+    int | None,
+    typer.Argument(min=0, max=2**64 - 1, help="The run's number; default the one submitted last."),
 ]
 
 NO_DEADLINE = (

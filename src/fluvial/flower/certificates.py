@@ -84,7 +84,7 @@ def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
         own, *between = x509.load_pem_x509_certificates(certificate.read_bytes())
         authorities = x509.load_pem_x509_certificates(ca.read_bytes())
         secret = serialization.load_pem_private_key(key.read_bytes(), password=None)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise ConfigError(
             f"{certificate}, {key}, {ca}: expected PEM files, the key without a passphrase: {error}"
         ) from None
@@ -110,6 +110,16 @@ def check(certificate: Path, key: Path, ca: Path, *, host: str) -> None:
             f"{certificate} does not name {host!r} among its subject alternative names; sites "
             "reach the server by that"
         )
+
+
+def check_authority(ca: Path) -> None:
+    """Raise `ConfigError` unless a file holds certificates, by which others can be verified."""
+    try:
+        x509.load_pem_x509_certificates(ca.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"--ca: {ca} is no file of certificates (PEM), such as the server's ca.crt: {error}"
+        ) from None
 
 
 def _signed(certificate: x509.Certificate, authority: x509.Certificate) -> bool:

@@ -1,6 +1,7 @@
 """Paths of Flower's programs, and the environment in which they run."""
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -17,6 +18,11 @@ _SETTINGS = QUIET | {
 printed at once, to a pipe or a file too."""
 _MEMORY = {"MALLOC_ARENA_MAX": "2"}
 """Default for glibc, whose arena of each thread otherwise keeps the memory of a large message."""
+
+_LABEL = "[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
+_NAME = rf"(?=.{{1,253}}:[0-9]+$){_LABEL}(\.{_LABEL})*\.?"
+_ADDRESS = re.compile(rf"(?P<host>{_NAME}|\[[0-9A-Fa-f:.]+\]):(?P<port>[0-9]{{1,5}})")
+"""Form of an address: a name of DNS, or an address of IPv4 or IPv6, and a port."""
 
 
 def program(name: str) -> str:
@@ -43,10 +49,13 @@ def environment(folder: Path) -> dict[str, str]:
 
 def split_address(text: str) -> tuple[str, int]:
     """Return host and port of HOST:PORT; raise `ConfigError`."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ConfigError(f"address {text!r}: write HOST:PORT, such as fluvial.example.org:8000")
-    return host, int(port)
+    found = _ADDRESS.fullmatch(text)
+    if found is None or not 0 < int(found["port"]) < 2**16:
+        raise ConfigError(
+            f"address {text!r:.80}: write HOST:PORT, such as fluvial.example.org:8000; a host is "
+            "an ASCII name or an address, that of IPv6 in brackets, such as [::1]:8000"
+        )
+    return found["host"], int(found["port"])
 
 
 def warn(text: str) -> None:

@@ -20,7 +20,7 @@ from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.flower.stream.place import Place
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import toml
-from fluvial.storage.files import make_folder, read_object, write_atomically
+from fluvial.storage.files import make_folder, read_object, write_atomically, writing
 from fluvial.storage.run_files import CONFIG, JsonObject
 from fluvial.wire.channel import PublicIdentity
 
@@ -114,7 +114,8 @@ def server_init(
             'host = "127.0.0.1"  # reachable from this machine only; "0.0.0.0" is everywhere'
         )
 
-    make_folder(folder)
+    with writing(folder, "choose another folder"):
+        make_folder(folder)
     if insecure:
         lines.append(
             "insecure = true       # no TLS, no node keys: for experiments on one machine only"
@@ -307,6 +308,7 @@ def logs(folder: Path, run: int, *, follow: bool) -> None:
     Raises `ClientError` if the run has failed or was stopped, and `ConfigError` if the server has
     no such run.
     """
+    _connection(folder, read_server_file(folder))
     command = [program("flwr"), "log", str(run), _CONNECTION, "--stream" if follow else "--show"]
     subprocess.run(command, env=environment(folder), check=False)
     listed = next((row for row in status(folder)["runs"] if int(row["run-id"]) == run), None)

@@ -25,7 +25,7 @@ from fluvial.flower import OUT_OF_STEP, certificates, channel_keys
 from fluvial.flower.guard import GRACE_S, alive, guarded
 from fluvial.flower.programs import environment, program, split_address, warn
 from fluvial.site_process.site_file import SiteFile, read_site_file
-from fluvial.storage.files import make_folder, private, sweep
+from fluvial.storage.files import make_folder, private, sweep, writing
 
 AHEAD_S = 5.0
 """Seconds that a site's clock may be ahead of the server's; Flower refuses signatures beyond."""
@@ -54,13 +54,16 @@ def site_init(
 
     if ca is not None and not ca.exists():
         raise ConfigError(f"--ca: there is no file {str(ca)!r}; the server's operator has it")
+    if ca is not None:
+        certificates.check_authority(ca)
     if channel_key is not None and insecure:
         raise ConfigError("--channel-key is without effect with --insecure; give one of them")
 
     pinned = channel_keys.read_public(channel_key) if channel_key else None
 
     name = plain_name(name, "--name")
-    make_folder(folder)
+    with writing(folder, "choose another folder"):
+        make_folder(folder)
     lines = ["## Changes take effect when the site is started again: fluvial site start FOLDER"]
     lines += [f'name = "{name}"', f'server = "{host}:{port}"', 'folder = "."']
 

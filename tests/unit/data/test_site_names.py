@@ -186,8 +186,8 @@ def test_the_name_of_a_site_goes_from_init_to_the_server(
     from fluvial.flower import names, server_operator
     from fluvial.flower.site_operator import site_init
 
-    ca = tmp_path / "ca.crt"
-    ca.write_text("a certificate")
+    server_operator.server_init(tmp_path / "server", address="127.0.0.1:8000")
+    ca = tmp_path / "server" / "ca.crt"
     site = tmp_path / "site"
     lines = site_init(site, name="ko\u0308ln", server="127.0.0.1:8000", ca=ca)
     assert "köln.pub" in lines[1]
