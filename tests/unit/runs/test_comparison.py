@@ -1,6 +1,8 @@
 """Contenders of a comparison: what their files mean, and what is refused before any run."""
 
 import io
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from fluvial.cli import app, console
 from fluvial.cli.compare import SeedsCommand, default_name
 from fluvial.errors import CheckpointError, ConfigError
 from fluvial.report.tables import table
+from fluvial.runs.comparison import child
 from fluvial.runs.comparison.contenders import Comparison, read_comparison, same_runs
 from fluvial.runs.comparison.execute import execute_comparison
 from fluvial.runs.comparison.files import run_folder
@@ -149,6 +152,9 @@ def test_files_of_one_name_are_called_by_their_folders_too(write: Write, tmp_pat
         ("[[contender]]\nname = 'a'\nunset = ['codec']\n", "base.toml does not set codec"),
         ("[[contender]]\nname = 'a'\n[[contender]]\nname = 'A'\n", "is called 'a' too"),
         ("baseline = 'b'\n[[contender]]\nname = 'a'\n", "the contenders are a"),
+        ("seeds = [1, 0, 1]\n[[contender]]\nname = 'a'\n", "seeds: 1 is listed twice"),
+        ("[[contender]]\nname = 'compare.json'\n", "is a file of the comparison"),
+        (f"[[contender]]\nname = '{'a' * 121}'\n", 'such as "aaa'),
         ("seeds = [0]\n[gird]\n'lora.r' = [4]\n", "gird"),
         (f"[grid]\n'train.max_steps' = {list(range(1, 1002))}\n", "at most"),
     ],
@@ -157,6 +163,34 @@ def test_faults_of_a_sweep_are_refused(write: Write, text: str, words: str) -> N
     with pytest.raises(ConfigError) as caught:
         read_comparison([sweep(write, text)])
     assert words in str(caught.value)
+
+
+def test_a_seed_counts_once(write: Write) -> None:
+    with pytest.raises(ConfigError, match="--seeds: 1 is listed twice; remove one"):
+        read_comparison([write("a")], seeds=(1, 1))
+
+
+def test_a_long_name_of_a_grid_ends_in_a_digest(write: Write) -> None:
+    """Each name is that of a folder."""
+    targets = [[f"model.layers.{n}.self_attn.q_proj" for n in range(first, 9)] for first in (0, 1)]
+    names = named(read_comparison([sweep(write, f"[grid]\n'lora.target_modules' = {targets}\n")]))
+    assert len(set(names)) == 2
+    assert all(len(name) <= 120 for name in names)
+
+
+def test_a_run_that_is_killed_while_it_writes_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, write: Write
+) -> None:
+    code = "import sys; sys.stdin.readline(); print('[\"lo', end='', flush=True); sys.exit(137)"
+    program = [sys.executable, "-c", code]
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        "fluvial.runs.comparison.child.subprocess.Popen",
+        lambda _, **options: start(program, **options),
+    )
+    (contender,) = read_comparison([write("a")]).contenders
+    with pytest.raises(child.RunFailedError, match="exit code 137"):
+        list(child.in_own_process(contender.config, tmp_path / "run", resume=False))
 
 
 def test_all_faults_of_all_contenders_are_named_at_once(write: Write) -> None:

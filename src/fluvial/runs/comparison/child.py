@@ -61,6 +61,8 @@ def in_own_process(
             process.stdin.flush()
 
         for line in process.stdout:
+            if not line.endswith("\n"):  # it was killed while it wrote
+                break
             kind, content = json.loads(line)
             if kind == "event":
                 yield Event(**content)

@@ -17,6 +17,7 @@ from fluvial.runs.comparison.sweep import (
     SweepConfig,
     folder_name,
     is_sweep,
+    repeated,
     variants,
     without,
 )
@@ -108,6 +109,8 @@ def read_comparison(
     configurations count. Raises `ConfigError` with every fault of every contender, and for
     contenders on other data, models or measures unless `allow_different`.
     """
+    for line in repeated(seeds):
+        raise ConfigError(f"--{line}")
     tables = {path: table_of(path) for path in dict.fromkeys(files)}
     sweeps = [path for path, table in tables.items() if is_sweep(table)]
     if sweeps and len(tables) > 1:

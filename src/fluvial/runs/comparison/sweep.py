@@ -1,5 +1,6 @@
 """The file of a comparison: one base configuration, a grid of settings, and named contenders."""
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
@@ -9,12 +10,16 @@ from typing import Any
 from pydantic import ConfigDict, Field
 
 from fluvial.errors import ConfigError
+from fluvial.runs.comparison.files import PAGE
 from fluvial.runs.config import merge, override
 from fluvial.settings import FilePath, Settings
 from fluvial.storage import paths, toml
+from fluvial.storage.run_files import COMPARED
 
 KEYS = frozenset({"base", "grid", "contender"})
 """Keys that a comparison's file has, and the configuration of a run has not."""
+LONGEST = 120
+"""Bytes of a contender's name; a file system takes 255, with what stands around it."""
 MOST = 1000
 """Contenders of a comparison, at most; more are a mistake in a grid."""
 
@@ -34,8 +39,10 @@ class ContenderConfig(Settings):
         if folder_name(self.name) != self.name:
             yield (
                 f"name: {toml.show(self.name)} names a folder too; use letters, digits and _ . + = "
-                f"- only, such as {toml.show(folder_name(self.name))}"
+                f"- only, at most {LONGEST} bytes, such as {toml.show(folder_name(self.name))}"
             )
+        elif self.name in (COMPARED, PAGE):
+            yield f"name: {self.name} is a file of the comparison; give another name"
 
 
 class ExcludeConfig(Settings):
@@ -65,6 +72,7 @@ class SweepConfig(Settings):
         if not self.grid and not self.contender:
             yield "grid: there is no contender; give a [grid] of settings, or a [[contender]]"
 
+        yield from repeated(self.seeds)
         for key, values in self.grid.items():
             if not values:
                 yield f"grid.{key}: the list is empty; give a value or remove the key"
@@ -78,6 +86,13 @@ class SweepConfig(Settings):
                         f"exclude: {key} = {toml.show(value)} is no value of the grid; remove it, "
                         "or correct the grid"
                     )
+
+
+def repeated(seeds: Sequence[int]) -> Iterator[str]:
+    """Yield a line for a seed that is listed twice, which would count once."""
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if twice is not None:
+        yield f"seeds: {twice} is listed twice; remove one"
 
 
 Changes = dict[str, Any]
@@ -147,8 +162,13 @@ def name_of(cell: Mapping[str, Any]) -> str:
 
 
 def folder_name(text: str) -> str:
-    """Return a text as the name of a contender, which is that of its folder too."""
-    return re.sub(r"[^\w.+=,-]+", "-", text).strip("-.") or "contender"
+    """Return a text as the name of a contender, which is that of its folder too; a long one ends in
+    a digest."""
+    name = re.sub(r"[^\w.+=,-]+", "-", text).strip("-.") or "contender"
+    if len(name.encode()) <= LONGEST:
+        return name
+    start = name.encode()[: LONGEST - 9].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _word(value: Any) -> str:
