@@ -356,6 +356,13 @@ def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
         ({"budget": {}}, "a budget needs one of the three"),
         ({"budget": {"run_s": 10.0}}, "budget.run_s: no line is known"),
         ({"budget": BUDGET | {"downlinks": ["int8"]}}, "downlinks: without effect"),
+        ({"budget": BUDGET | {"target_modules": ["q_proj++v_proj"]}}, "has an empty name or one"),
+        (
+            {"budget": BUDGET | {"target_modules": ["q_proj+q_proj"]}},
+            "has an empty name or one twice",
+        ),
+        ({"budget": BUDGET | {"r": [2, 2]}}, "budget.r: a number stands twice"),
+        ({"budget": BUDGET | {"max_steps": [4, 4]}}, "budget.max_steps: a number stands twice"),
         ({"codec": {"name": "auto"}}, "the budget chooses the codec"),
         ({"codec": {"name": "klt"}}, "'klt' is learned"),
         ({"codec": {"name": "trellis", "snr_db": 8.0}}, "the rate follows the noise"),

@@ -21,6 +21,7 @@ from fluvial.runs.budget.settled import Open
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import check_settings
 from fluvial.runs.step_time import Clock, time_steps
+from fluvial.storage import toml
 from fluvial.wire.tensors import Layout
 
 TIMED = 2**20
@@ -107,7 +108,7 @@ def with_choice(
     if not lora:
         del table["lora"]
 
-    return type(config).model_validate(table)
+    return toml.read(type(config), table, "a candidate of the budget")
 
 
 def _with_all_sites(config: RunConfig) -> RunConfig:

@@ -57,6 +57,17 @@ class BudgetConfig(Settings):
                 "up_bytes, total_bytes, run_s: a budget needs one of the three; set it, or remove "
                 "the table"
             )
+        for name in self.target_modules:
+            parts = name.split("+")
+            if not all(parts) or len(set(parts)) < len(parts):
+                yield (
+                    f"target_modules: {name!r} has an empty name or one twice; write names joined "
+                    'by "+", such as "q_proj+v_proj"'
+                )
+        for key in ("r", "max_steps"):
+            numbers = getattr(self, key)
+            if len(set(numbers)) < len(numbers):
+                yield f"{key}: a number stands twice; remove one"
         if self.downlinks is not None and not self.counts_downloads:
             yield (
                 "downlinks: without effect, because only total_bytes and run_s count downloads; "
