@@ -4,6 +4,7 @@ server's folder."""
 import json
 from pathlib import Path
 
+from fluvial.errors import ConfigError
 from fluvial.storage.files import write_atomically
 
 FILE = "names.json"
@@ -13,7 +14,15 @@ FILE = "names.json"
 def read(path: Path) -> dict[str, dict[str, str]]:
     """Return by number the names of "runs" and "sites" in the order in which they were added, and
     the public "keys" of the sites."""
-    given = json.loads(path.read_text()) if path.exists() else {}
+    try:
+        given = json.loads(path.read_text()) if path.exists() else {}
+        if not all(isinstance(names, dict) for names in given.values()):
+            raise ValueError("names are objects by kind")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path}: is damaged ({error!s:.100}); restore it from a copy, or remove it and "
+            "register the sites again"
+        ) from None
     return {"runs": {}, "sites": {}, "keys": {}, **given}
 
 

@@ -136,7 +136,14 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
             str(name): str(file)
             for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise ConfigError(
             f"{index}: has no 'weight_map' of tensors and files: {error!r:.200}; copy it again"
         ) from error
@@ -219,7 +226,7 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
         TypeError,
         AttributeError,
         IndexError,
-        RuntimeError,
+        RuntimeError,  # and with it that of nesting
     ) as error:
         raise ConfigError(
             f"{file}: is damaged or cut short; copy it again ({first_line(error):.120})"

@@ -60,7 +60,7 @@ def _files(folder: Path) -> dict[str, Path]:
             files = {name: folder / shards[name] for name in stored_tensors(folder)}
         else:
             return {}
-    except (ConfigError, OSError, ValueError, KeyError, TypeError):
+    except (ConfigError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
     return {name: path for name, path in files.items() if path.is_file()}
 

@@ -200,7 +200,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
     try:
         shards = dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(
             f"{index} has no 'weight_map' of tensors and files: {error!r:.200}"
         ) from error

@@ -2,7 +2,6 @@
 loaded."""
 
 import json
-import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -358,16 +357,16 @@ def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 def override(line: str) -> dict[str, Any]:
     """The table that one line of TOML stands for; raises `ConfigError`."""
     try:
-        return tomllib.loads(line)
-    except tomllib.TOMLDecodeError as error:
+        return toml.parsed(line)
+    except ValueError as error:
         key, _, value = line.partition("=")
         hint = (
             "; text needs quotes: " + caller.setting(f'{key.strip()}="{value.strip()}"')
-            if value
+            if value and len(value) < 300
             else "; write key=value"
         )
         raise ConfigError(
-            f"{caller.overrides()} {line!r}: not a line of TOML ({error}){hint}"
+            f"{caller.overrides()} {line!r:.300}: not a line of TOML ({error}){hint}"
         ) from None
 
 

@@ -49,8 +49,10 @@ class OutgoingLog:
     def _add(self, line: bytes) -> None:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             return  # cut off, and followed by later lines
+        if not isinstance(entry, dict):
+            return
 
         key = entry.get("run"), entry.get("round")
         digest = entry.get("sha256")

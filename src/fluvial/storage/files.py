@@ -155,7 +155,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # no file has it
             return None
         raise ConfigError(f"{path}: cannot be read as JSON: {error}; copy it again") from error

@@ -20,12 +20,17 @@ __all__ = ["TAGS", "load", "read", "show"]
 T = TypeVar("T", bound=Settings)
 
 
+MOST_DEEP = 40
+"""Tables and arrays in each other, at most; settings have fewer than ten."""
+DEEP = "tables or arrays lie too deep in each other; no setting is nested so"
+
+
 def load(path: Path, missing: str) -> dict[str, Any]:
     """Return the table of a TOML file; raises `ConfigError`, with the line `missing` where there is
     no file."""
     refuse_endless(path)
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return parsed(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(missing) from None
     except IsADirectoryError:
@@ -36,11 +41,39 @@ def load(path: Path, missing: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # an integer of thousands of digits; arrays nested as deep
+    except ValueError as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """Return the table of a text of TOML; raises `tomllib.TOMLDecodeError`, and `ValueError` for an
+    integer of thousands of digits and for what is nested deeper than any setting."""
+    try:
+        table = tomllib.loads(text)
+    except RecursionError:
+        raise ValueError(DEEP) from None
+    except tomllib.TOMLDecodeError:
+        raise
+    except ValueError:
+        raise ValueError("an integer has thousands of digits, and no setting is so large") from None
+    if not _is_shallow(table):
+        raise ValueError(DEEP)
+    return table
+
+
+def _is_shallow(table: dict[str, Any]) -> bool:
+    """Return whether tables and arrays lie at most `MOST_DEEP` deep in each other."""
+    level: list[Any] = [table]
+    for _ in range(MOST_DEEP):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list | tuple)
+        ]
+        if not level:
+            return True
+    return False
 
 
 def read(root: type[T], table: dict[str, Any], where: str) -> T:
@@ -50,6 +83,8 @@ def read(root: type[T], table: dict[str, Any], where: str) -> T:
     fault is set aside and the rest read again, until nothing new is found; a later fault that
     mentions what was set aside is left out.
     """
+    if not _is_shallow(table):
+        raise ConfigError(f"{where}: {DEEP}")
     lines = dict[str, None]()
     aside = set[str]()
 
