@@ -49,18 +49,17 @@ class OutgoingLog:
     def _add(self, line: bytes) -> None:
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):
-            return  # cut off, and followed by later lines
-        if not isinstance(entry, dict):
-            return
-
-        key = entry.get("run"), entry.get("round")
-        digest = entry.get("sha256")
-        if digest is not None:
-            if (*key, digest) in self._answers:
+            key = entry.get("run"), entry.get("round")
+            digest = entry.get("sha256")
+            size = entry["bytes"] + 0
+            if digest is not None and (*key, digest) in self._answers:
                 return
+            self._bytes[key] = self._bytes.get(key, 0) + size
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return  # cut off and followed by later lines, or damaged
+
+        if digest is not None:
             self._answers.add((*key, digest))
-        self._bytes[key] = self._bytes.get(key, 0) + entry["bytes"]
 
     def write_answer(
         self, header: Header, answer: Payload, data: bytes, labels: dict[str, Any]
