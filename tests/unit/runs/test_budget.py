@@ -18,6 +18,7 @@ from fluvial.report.page import write_page
 from fluvial.runs.budget import candidates
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs
 from fluvial.runs.budget.choice import _why
+from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.pairs import Pair, pairs
 from fluvial.runs.budget.preview import choice_alone
 from fluvial.runs.budget.settled import Open, settle
@@ -440,6 +441,17 @@ def test_check_shows_the_first_adapter_that_fits(table: Table) -> None:
         shown += plan(parse(table | {"budget": budget, "codec": FIXED}, "test"))["notes"]
     ranks = re.findall(r"the figures here are those of (rank \d+ on \S+)", " ".join(shown))
     assert ranks == ["rank 1 on attention", "rank 8 on all-linear"]
+
+
+def test_trials_have_as_many_sites_as_a_round(table: Table) -> None:
+    unset = {name: value for name, value in BUDGET.items() if name != "trial_sites"}
+    sites = plan(parse(table, "test"))["sites"]
+    for budget, expected in ((unset, len(sites)), (BUDGET, 2)):
+        notes = " ".join(plan(parse(table | {"budget": budget}, "test"))["notes"])
+        assert f"on {expected} simulated sites" in notes
+
+    settings = BudgetConfig(up_bytes=1)
+    assert [settings.simulated_sites(cohort) for cohort in (1, 3, 8, 40)] == [2, 3, 8, 8]
 
 
 def test_candidates_that_the_model_does_not_have_are_named(table: Table, tmp_path: Path) -> None:

@@ -117,7 +117,8 @@ class _Search:
     def sites(self) -> PublicSites:
         """Return the simulated sites."""
         if self._sites is None:
-            self._sites = PublicSites.of(self.texts, self.budget.trial_sites)
+            cohort = self.config.method.cohort(len(self.texts.names))
+            self._sites = PublicSites.of(self.texts, self.budget.simulated_sites(cohort))
         return self._sites
 
     def best(self) -> Candidate:

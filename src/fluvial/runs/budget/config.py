@@ -43,12 +43,18 @@ class BudgetConfig(Settings):
     trial_rounds: int = Field(8, ge=2, le=10**4)
     """Rounds of the longest trials, at most those of the run; the worse two thirds of the adapters
     end after a quarter of them, and two thirds of the rest after a half."""
-    trial_sites: int = Field(4, ge=2, le=8)
-    """Sites that the server simulates on public text, a fifth of which is held out."""
+    trial_sites: int | None = Field(None, ge=2, le=8)
+    """Sites that the server simulates on public text, a fifth of which is held out. Unset, they are
+    as many as take part in a round, from 2 to 8: the mean of fewer updates has more of a codec's
+    noise."""
 
     def within(self, rounds: int) -> Self:
         """Return these settings for a run of `rounds`, which no trial exceeds."""
         return self.model_copy(update={"trial_rounds": min(self.trial_rounds, rounds)})
+
+    def simulated_sites(self, cohort: int) -> int:
+        """Return the number of simulated sites, for a run with `cohort` sites in a round."""
+        return self.trial_sites or min(max(cohort, 2), 8)
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""

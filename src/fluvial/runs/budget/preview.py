@@ -39,8 +39,9 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
     free = opened(config)
     if budget is None:
         return config, []
+    sites = budget.simulated_sites(config.method.cohort(len(texts.names)))
     if free:
-        PublicSites.of(texts, budget.trial_sites)
+        PublicSites.of(texts, sites)
     found = _example(config, budget, free, texts)
     if not free:
         both = found.up_bytes + found.down_bytes
@@ -62,10 +63,10 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
         free,
         config.train.steps(0) if config.train.max_steps else None,
     )
-    steps = "" if most is None else f", at most {most:,} optimizer steps at the server"
+    steps = "" if most is None else f", at most {sites * most:,} optimizer steps at the server"
     return found.config, [
         f"budget: {chosen} will be chosen when the run starts, among "
-        f"{len(adapters(budget, free))} adapters and steps, on {budget.trial_sites} simulated "
+        f"{len(adapters(budget, free))} adapters and steps, on {sites} simulated "
         f"sites with public text{steps}; the figures here are those of rank {found.config.lora.r} "
         f"on {found.adapter.target_modules or 'the modules of lora.target_modules'} with "
         f"{found.config.coding.name}"
@@ -102,11 +103,12 @@ def _example(config: RunConfig, budget: BudgetConfig, free: Open, texts: Texts) 
 
 
 def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | None:
-    """Return the optimizer steps of all trials at most; None where they follow from the data."""
+    """Return the optimizer steps of a simulated site in all trials at most; None where they follow
+    from the data."""
     steps = sorted(set(budget.max_steps)) if free.max_steps else [fixed]
     if None in steps:
         return None
 
     numbers = [each for each in steps if each is not None]
     num_adapters = len(adapters(budget, free)) // len(numbers)
-    return budget.trial_sites * sum(stages(budget, free, num_adapters, numbers))
+    return sum(stages(budget, free, num_adapters, numbers))
