@@ -40,10 +40,12 @@ RUN = "Run"
 LOOK = "Look at results"
 MACHINES = "Many machines"
 OF_THE_MACHINE = (
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
 )
-"""Numbers of errors that say what a path or a disk is like, and nothing about the program."""
+"""Numbers of errors that say what a path is like, and nothing about the program."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+"""Numbers of errors that say what a disk is like; a write that fails names no file."""
 app.command("init", rich_help_panel=START)(init.init)
 app.command("recipes", rich_help_panel=START)(recipes.recipes)
 app.command("check", rich_help_panel=RUN)(check.check)
@@ -72,9 +74,12 @@ def main() -> None:
         print_error(type(error).__name__, str(error))
         sys.exit(1)
     except OSError as error:
-        if error.errno not in OF_THE_MACHINE or error.filename is None:
+        of_a_path = error.errno in OF_THE_MACHINE and error.filename is not None
+        if not of_a_path and error.errno not in FULL:
             raise
-        print_error("OSError", f"{error.filename}: {error.strerror}")
+        where = "a file cannot be written" if error.filename is None else error.filename
+        remedy = "; free some space" if error.errno in FULL else ""
+        print_error("OSError", f"{where}: {error.strerror}{remedy}")
         sys.exit(1)
 
 

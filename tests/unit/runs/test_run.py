@@ -572,6 +572,35 @@ def test_a_mistake_is_one_message_and_exit_code_1(
     assert "Traceback" not in shown
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (OSError(28, "No space left on device"), "a file cannot be written: No space left"),
+        (OSError(27, "File too large"), "a file cannot be written: File too large; free some"),
+        (OSError(28, "No space left on device", "a/b"), "a/b: No space left on device; free some"),
+        (OSError(13, "Permission denied", "a/b"), "a/b: Permission denied"),
+    ],
+)
+def test_a_full_disk_is_one_message_where_no_file_is_named(
+    error: OSError,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def raising() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", raising)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 1
+    assert text in " ".join(capsys.readouterr().err.split())
+
+    error.errno = 5000
+    with pytest.raises(OSError, match="5000|left|large|denied"):
+        cli.main()
+
+
 def test_adapters_of_two_seeds_differ(run_config: dict[str, Any], tmp_path: Path) -> None:
     first, second = (
         adapter_of(run_table(run_config | {"seed": seed}, tmp_path / str(seed))) for seed in (1, 2)
