@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fluvial import interrupt
-from fluvial.cli.console import Format, Overrides, err, out, print_line_of_json
+from fluvial.cli.console import Format, Overrides, err, finite, out, print_line_of_json
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text, shown_answer
@@ -54,7 +54,10 @@ def chat(
         ),
     ] = None,
     temperature: Annotated[
-        float, typer.Option(min=0, max=10, help="0 takes the most likely token every time.")
+        float,
+        typer.Option(
+            min=0, max=10, callback=finite, help="0 takes the most likely token every time."
+        ),
     ] = 0.0,
     seed: Annotated[
         int,

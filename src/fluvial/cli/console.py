@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import shlex
 import shutil
 import sys
@@ -49,6 +50,15 @@ NOTES = "fluvial.runs.run"
 """Logger whose warnings are notes on a configuration and its data, given before the first round."""
 CLICK_SUGGESTS = hasattr(click.exceptions, "NoSuchCommand")
 """True where click (8.4 and later) names the nearest command, so that typer must not do it too."""
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number of the command line; raises `BadParameter` for nan, which is in each range of
+    click's, and for infinity."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number.")
+    return value
+
 
 Format = Annotated[
     Literal["table", "json"],

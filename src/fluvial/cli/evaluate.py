@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 from click.core import ParameterSource
 
-from fluvial.cli.console import Format, Overrides, print_content
+from fluvial.cli.console import Format, Overrides, finite, print_content
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 from fluvial.storage.files import expanded
@@ -126,7 +126,9 @@ def evaluate(
     ] = None,
     limit: Annotated[
         float | None,
-        typer.Option(min=0, help="First documents of a task; below 1, a share.", **HARNESS),
+        typer.Option(
+            min=0, callback=finite, help="First documents of a task; below 1, a share.", **HARNESS
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option(help="Folder with tasks of your own, as YAML files.", **HARNESS)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fluvial.cli.console import out, print_line, program_name
+from fluvial.cli.console import finite, out, print_line, program_name
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
@@ -52,7 +52,8 @@ def init(
         ),
     ] = None,
     uplink: Annotated[
-        float | None, typer.Option(min=1e-6, max=1e6, help="The slowest uplink, in Mbit/s.")
+        float | None,
+        typer.Option(min=1e-6, max=1e6, callback=finite, help="The slowest uplink, in Mbit/s."),
     ] = None,
     public: Annotated[
         str | None, typer.Option(help="A file with text of no site, to choose the codec on.")

@@ -70,6 +70,8 @@ def test_a_column_may_have_any_name(tiny_model: Path) -> None:
         run_init("--yes", *options, "--site-column", "4")
 
     assert renamed_columns(["prompt=two\nlines"]) == {"": {"prompt": "two\nlines"}}
+    with pytest.raises(ConfigError, match="prompt is 'a' already; drop one"):
+        renamed_columns(["prompt=a", "prompt=b"])
 
 
 def test_a_held_out_file_of_either_of_two_sites_is_refused() -> None:

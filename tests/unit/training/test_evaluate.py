@@ -162,6 +162,18 @@ def test_a_batch_is_bounded() -> None:
     assert "1<=x<=1024" in result.output
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("evaluate", "x", "--limit"), ("chat", "x", "--temperature"), ("init", "x", "--uplink")],
+)
+@pytest.mark.parametrize("number", ["nan", "-nan", "inf"])
+def test_numbers_are_finite(words: tuple[str, ...], number: str) -> None:
+    """A range of click has nan in it."""
+    result = CliRunner().invoke(app, [*words[:-1], f"{words[-1]}={number}"])
+    assert result.exit_code == 2
+    assert "no finite number" in result.output or "is not in the range" in result.output
+
+
 def test_prompt_of_mmlu() -> None:
     assert render(WATER, [RIVER], "letter", "en") == (
         "The following are multiple choice questions (with answers) about small streams.\n\n"

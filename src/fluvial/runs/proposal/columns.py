@@ -272,7 +272,12 @@ def renamed_columns(pairs: Sequence[str], sites: Sequence[str] = ()) -> dict[str
                 f"{', '.join(FIELDS)}"
             )
         site, field, name = found.groups()
-        renamed.setdefault(site.removesuffix(":"), {})[field] = name
+        columns = renamed.setdefault(site.removesuffix(":"), {})
+        if field in columns:
+            raise ConfigError(
+                f"--column {pair!r:.60}: {site}{field} is {columns[field]!r:.40} already; drop one"
+            )
+        columns[field] = name
     return renamed
 
 
