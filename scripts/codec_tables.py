@@ -308,8 +308,10 @@ def budget_both() -> str:
             f"{settings['rounds']} rounds of {settings['steps']} steps of {settings['batch']}, one "
             "seed, bytes of one site in both directions until the loss of the uncompressed run "
             f"after {settings['target']} rounds, or of the whole run where that is not reached. "
-            "The budgets are all and a third of the bytes of rank 8 on q, k, v and o with powersgd "
-            "at 1/64 both ways; adapters by hand have the third.",
+            "The budgets are all, a half and a third of the bytes of rank 8 on q, k, v and o with "
+            "powersgd at 1/64 both ways; adapters by hand have the third. A budget's run measures "
+            "the moving average of its adapter (`method.ema_decay = 0.5`), but in the rows of the "
+            "last adapter.",
             table([headings, *rows]),
             claims("budget_both.json"),
         ]
