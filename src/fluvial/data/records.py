@@ -163,6 +163,11 @@ class RecordReader:
         raise ConfigError(f"{place}: {name} must be text, and is {described(value)}; {remedy}")
 
     def _answer(self, place: object, fields: Mapping[str, Any], field: str) -> str:
+        if isinstance(fields.get(self._column(field)), list):
+            raise ConfigError(
+                f"{place}: {self._name(field)} must be text, and is a list; write one answer there "
+                "and further right ones as a list in the field 'references'"
+            )
         answer = self._text(place, fields, field)
         if is_blank(answer):
             raise ConfigError(

@@ -616,6 +616,17 @@ def test_named_templates_render_what_is_written_out(name: str) -> None:
     assert chat(with_template(byte_level(), name), TURNS) == WRITTEN_OUT[name]
 
 
+@pytest.mark.parametrize("name", NAMED)
+def test_a_refused_role_is_answered_with_the_templates_that_write_any(name: str) -> None:
+    turns = [TURNS[0], {"role": "tool", "content": "4"}, TURNS[1]]
+    tokenizer = with_template(byte_level(), name)
+    if name in ("chatml", "llama3"):
+        assert "4" in chat(tokenizer, turns)[0]
+    else:
+        with pytest.raises(DataError, match="of which 'chatml' and 'llama3' write any role"):
+            chat(tokenizer, turns)
+
+
 @pytest.mark.parametrize("kind", [byte_level, prefix_space])
 def test_a_template_with_bos_gets_no_second_one(kind: Any) -> None:
     tokenizer = with_template(kind("<s> $A </s>"), "llama3")

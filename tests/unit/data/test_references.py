@@ -78,3 +78,18 @@ def test_references_of_another_type_are_named_by_file_and_line(
     )
     with pytest.raises(DataError, match=rf"records\.jsonl, {message}"):
         read_whole(data, tokenizer, "--data")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"prompt": "p", "completion": ["c", "d"]}, "completion"),
+        ({"instruction": "i", "output": ["c"]}, "output"),
+    ],
+)
+def test_several_answers_in_the_place_of_one_are_told_where_they_belong(
+    fields: dict[str, Any], name: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    message = f"field '{name}' must be text, and is a list; write one answer .*'references'"
+    with pytest.raises(DataError, match=message):
+        read_whole(lines(tmp_path, fields), tokenizer, "--data")
