@@ -236,7 +236,7 @@ def test_a_base_with_values_that_are_not_finite_is_refused_where_all_is_tuned(
     stored["model.norm.weight"][0] = float("nan")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
 
-    with pytest.raises(ConfigError, match="values are not finite in torch.float32"):
+    with pytest.raises(ConfigError, match="holds values that are not finite in torch.float32"):
         ModelPool(ModelConfig(name_or_path=str(folder), device="cpu"), None).check_behaviour()
 
 
