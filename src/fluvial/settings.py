@@ -77,6 +77,16 @@ class Settings(BaseModel):
         """
         yield from ()
 
+    def differs(self, name: str) -> bool:
+        """Return whether a setting has another value than its default."""
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def repeated(self, name: str) -> Iterator[str]:
+        """Yield a line, as `conflicts` does, for a list of numbers that has one twice."""
+        numbers: tuple[float, ...] = getattr(self, name)
+        if len(set(numbers)) < len(numbers):
+            yield f"{name}: a number stands twice; remove one"
+
     @model_validator(mode="after")
     def _no_conflict(self) -> Self:
         lines = list(self.conflicts())

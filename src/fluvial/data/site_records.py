@@ -171,8 +171,7 @@ class SiteRecords:
             names += [own.heldout_source for own in sites]
 
         given = [name for name in names if name is not None]
-        default = type(config).model_fields["split"].default
-        if config.split != default and not any(map(has_splits, given)):
+        if config.differs("split") and not any(map(has_splits, given)):
             raise ConfigError(
                 f"data.split={config.split!r}: without effect, because {given[-1]!r} has no "
                 "splits; remove it, or name the file with these records as the source"

@@ -52,10 +52,7 @@ class TgapConfig(Settings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        fields = type(self).model_fields
-        if self.refit == "no" and any(
-            getattr(self, name) != fields[name].default for name in ("refit_every", "refit_weight")
-        ):
+        if self.refit == "no" and any(map(self.differs, ("refit_every", "refit_weight"))):
             yield "refit_every, refit_weight: without effect under refit='no'; set refit='decoded'"
 
         yield from self._idle_under_the_source()
@@ -78,7 +75,7 @@ class TgapConfig(Settings):
             "none": ["share", "simulated_sites", "reading", "rounds", "holdout"],
         }
         for name in idle[self.source]:
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 why = whys.get(name, "which has no pre-training")
                 yield f"{name}: without effect under source={self.source!r}, {why}; remove it"
 

@@ -52,7 +52,7 @@ class AveragingSettings(SampledSettings):
         yield from equal_ranks(self.aggregation)
         mode = self.aggregation.mode
         for name in self.server_optimizer if mode != "ab-mean" else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if self.differs(name):
                 yield f"{name}: without effect under aggregation.mode={mode!r}; remove it"
 
     @property
@@ -252,7 +252,7 @@ def frozen_factor(settings: AggregationSettings, factors: Factors) -> Iterator[s
 
 def equal_ranks(settings: AggregationSettings) -> Iterator[str]:
     """Yield a line for each setting that matters for sites of unequal ranks alone."""
-    if settings.absent != type(settings).model_fields["absent"].default:
+    if settings.differs("absent"):
         yield "aggregation.absent: without effect, because each site trains all modules; remove it"
 
 

@@ -77,9 +77,8 @@ class FlascConfig(SampledSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        fields = type(self).model_fields
         for name in ("server_learning_rate", "beta_1", "beta_2", "epsilon"):
-            if self.server_optimizer == "fedavg" and getattr(self, name) != fields[name].default:
+            if self.server_optimizer == "fedavg" and self.differs(name):
                 yield f"{name}: without effect under server_optimizer='fedavg'; remove it"
 
 

@@ -54,7 +54,6 @@ class TrainConfig(Settings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        fields = type(self).model_fields
         if self.max_steps is not None and self.num_train_epochs != 1:
             yield "num_train_epochs: without effect beside max_steps; remove one of the two"
 
@@ -62,7 +61,7 @@ class TrainConfig(Settings):
             yield "warmup_ratio: without effect beside warmup_steps; remove one of the two"
 
         for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
-            if self.optim == "sgd" and getattr(self, name) != fields[name].default:
+            if self.optim == "sgd" and self.differs(name):
                 yield f"{name}: without effect under optim='sgd'; remove it"
 
     @property

@@ -38,7 +38,7 @@ class CgFedLlmConfig(AveragingSettings):
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
         yield from super().conflicts()
-        if self.tgap.source == "none" and self.gate != type(self).model_fields["gate"].default:
+        if self.tgap.source == "none" and self.differs("gate"):
             yield "gate: without effect under tgap.source='none', which measures nothing; remove it"
         yield from self._beside_aggregation()
 

@@ -42,7 +42,6 @@ class EcoLoraConfig(SampledSettings):
 
     def conflicts(self) -> Iterator[str]:
         """See `Settings`."""
-        fields = type(self).model_fields
         if self.most < max(self.least_a, self.least_b):
             yield (
                 f"most={self.most} is below least_a={self.least_a} or least_b={self.least_b}; "
@@ -52,7 +51,7 @@ class EcoLoraConfig(SampledSettings):
             ("a", self.least_a, self.gamma_a),
             ("b", self.least_b, self.gamma_b),
         ):
-            if least == self.most and gamma != fields[f"gamma_{factor}"].default:
+            if least == self.most and self.differs(f"gamma_{factor}"):
                 yield (
                     f"gamma_{factor}: without effect, because most and least_{factor} are the same "
                     "share; remove it"
@@ -63,7 +62,7 @@ class EcoLoraConfig(SampledSettings):
                     "of round 1; remove it"
                 )
 
-        if self.mixing == "none" and self.beta != fields["beta"].default:
+        if self.mixing == "none" and self.differs("beta"):
             yield "beta: without effect under mixing='none'; remove it"
 
     def _chosen(self, name: str) -> bool:

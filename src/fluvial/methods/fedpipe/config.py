@@ -90,17 +90,16 @@ class FedPipeConfig(SampledSettings):
         for name in empty:
             yield f"budgets: site {name!r} has no limit and no rate; set one, or remove it"
 
-        fields = type(self).model_fields
         if self.replan_every == 0:
-            if self.score_decay != fields["score_decay"].default:
+            if self.differs("score_decay"):
                 yield "score_decay: without effect at replan_every=0, one probe; remove it"
-            if self.planner.hysteresis != type(self.planner).model_fields["hysteresis"].default:
+            if self.planner.differs("hysteresis"):
                 yield "planner.hysteresis: without effect at replan_every=0, one plan; remove it"
 
         if self.planner.selection == "importance":
             return
         for name in ("importance", "probe_rank", "probe_steps", "score_decay"):
-            if getattr(self, name) != fields[name].default:
+            if self.differs(name):
                 yield (
                     f"{name}: without effect under planner.selection="
                     f"{self.planner.selection!r}; remove it"

@@ -71,9 +71,7 @@ class BudgetConfig(Settings):
                     'by "+", such as "q_proj+v_proj"'
                 )
         for key in ("r", "max_steps"):
-            numbers = getattr(self, key)
-            if len(set(numbers)) < len(numbers):
-                yield f"{key}: a number stands twice; remove one"
+            yield from self.repeated(key)
         if self.downlinks is not None and not self.counts_downloads:
             yield (
                 "downlinks: without effect, because only total_bytes and run_s count downloads; "

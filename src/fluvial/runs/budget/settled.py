@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluvial.errors import CheckpointError, ConfigError
-from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.config import RunConfig
 from fluvial.storage import toml
 from fluvial.storage.run_files import BUDGET, anew
@@ -54,8 +53,7 @@ def opened(config: RunConfig) -> Open:
         "downlinks": free.downlink,
     }
     for name, is_open in names.items():
-        usual = BudgetConfig.model_fields[name].default
-        if budget is not None and not is_open and getattr(budget, name) != usual:
+        if budget is not None and not is_open and budget.differs(name):
             raise ConfigError(
                 f"budget.{name}: without effect, because the configuration sets what it would "
                 "choose; remove one of the two"

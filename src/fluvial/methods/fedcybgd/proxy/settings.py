@@ -48,7 +48,7 @@ class ProxySettings(Settings):
             )
 
         for name in ("prune", "multiple", "correction"):
-            if self.kept == 1 and getattr(self, name) != type(self).model_fields[name].default:
+            if self.kept == 1 and self.differs(name):
                 yield f"{name}: without effect under kept=1; remove it"
 
         if self.randomised and self.drop == 0:

@@ -82,20 +82,16 @@ class PlannerSettings(Settings):
             if name not in FORMATS:
                 yield f"formats: {name!r:.40} is unknown; choose among {', '.join(FORMATS)}"
         for key in ("ranks", "batches", "lengths", "eighths"):
-            numbers: tuple[int, ...] = getattr(self, key)
-            if len(set(numbers)) < len(numbers):
-                yield f"{key}: a number stands twice; remove one"
-            if not numbers and key != "lengths":
+            yield from self.repeated(key)
+            if not getattr(self, key) and key != "lengths":
                 yield f"{key}: names at least one number, or leave it out"
 
-        groups = type(self).model_fields["layer_groups"].default
-        if self.layer_groups != groups and not self.mixed_formats:
+        if self.differs("layer_groups") and not self.mixed_formats:
             yield (
                 "layer_groups: without effect, because formats has no quantised format and a "
                 "larger one; remove it"
             )
-        default = type(self).model_fields["weight_of_data"].default
-        if self.objective != "value" and self.weight_of_data != default:
+        if self.objective != "value" and self.differs("weight_of_data"):
             yield (
                 f"weight_of_data: without effect under objective={self.objective!r}, which "
                 "multiplies by the share of the data; remove it"
