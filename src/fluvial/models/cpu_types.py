@@ -8,6 +8,7 @@ import torch
 
 from fluvial.models.loading import resolve_device
 from fluvial.models.pretrained import ModelConfig, dtype_of
+from fluvial.models.threads import with_threads
 
 SLOW = 2.0
 """Times longer than in float32 from which a type is slow. Where a CPU multiplies a type in
@@ -56,14 +57,10 @@ def _seconds(dtype: torch.dtype) -> float:
     rows = torch.ones(_ROWS, _WIDTH, dtype=dtype)
     weights = torch.ones(_WIDTH, _WIDTH, dtype=dtype)
     times = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with with_threads(1):
         for _ in range(_REPEATS):
             before = time.thread_time()
             torch.nn.functional.linear(rows, weights)
             times.append(time.thread_time() - before)
-    finally:
-        torch.set_num_threads(threads)
 
     return max(min(times), 1e-9)

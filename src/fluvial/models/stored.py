@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -43,12 +44,9 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     Raises `ConfigError` for a missing shard, a damaged file, an index that does not fit its files,
     or a pickle that holds more than tensors.
     """
-    for single in _SINGLE:
-        if (folder / single).is_file():
-            return _header(folder / single)
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            return _sharded(folder, index)
+    weights = _weights_file(folder)
+    if weights is not None:
+        return _sharded(folder, weights) if _is_index(weights) else _header(weights)
 
     if local := sorted(
         path.name for path in folder.iterdir() if path.is_file() and path.name != "config.json"
@@ -95,15 +93,20 @@ def all_finite(values: Tensor) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """Return the files of a folder that `stored_tensors` has read."""
-    for single in _SINGLE:
-        if (folder / single).is_file():
-            return [folder / single]
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            places = json.loads(index.read_text("utf-8"))["weight_map"]
-            return [folder / name for name in sorted(set(places.values()))]
+    weights = _weights_file(folder)
+    if weights is None or not _is_index(weights):
+        return [] if weights is None else [weights]
+    return [folder / name for name in sorted(set(_places(weights).values()))]
 
-    return []
+
+def _weights_file(folder: Path) -> Path | None:
+    """Return the file with all weights of a folder, or the index of its shards; None without."""
+    names = (name for single in _SINGLE for name in (single, f"{single}.index.json"))
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _is_index(weights: Path) -> bool:
+    return weights.suffix == ".json"
 
 
 def _values(file: Path) -> Iterator[tuple[str, Tensor]]:
@@ -117,22 +120,23 @@ def _values(file: Path) -> Iterator[tuple[str, Tensor]]:
 
     piece = bytearray(_AT_ONCE)
     with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        entries = json.loads(opened.read(length))
+        begins, entries = _entries(opened)
         for name, entry in entries.items():
-            if name == "__metadata__" or (kind := _TYPES[entry["dtype"]]) not in FLOATS:
+            kind = _TYPES[entry["dtype"]]
+            if kind not in FLOATS:
                 continue
 
             start, end = entry["data_offsets"]
-            opened.seek(8 + length + start)
+            opened.seek(begins + start)
             for begin in range(start, end, _AT_ONCE):
                 read = opened.readinto(memoryview(piece)[: end - begin])
                 yield name, torch.frombuffer(piece, dtype=kind, count=read // kind.itemsize)
 
 
-def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
+def _places(index: Path) -> dict[str, str]:
+    """Return the name of the file of each tensor; raises `ConfigError` for a damaged index."""
     try:
-        places = {
+        return {
             str(name): str(file)
             for name, file in json.loads(index.read_text("utf-8"))["weight_map"].items()
         }
@@ -148,6 +152,9 @@ def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
             f"{index}: has no 'weight_map' of tensors and files: {error!r:.200}; copy it again"
         ) from error
 
+
+def _sharded(folder: Path, index: Path) -> dict[str, Tensor]:
+    places = _places(index)
     stored: dict[str, Tensor] = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file or not (folder / file).is_file():
@@ -194,12 +201,8 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
     address space."""
     try:
         with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            if length > _LONGEST:
-                raise ValueError(f"a header of {length} bytes")
-            entries = json.loads(opened.read(length))
+            begins, entries = _entries(opened)
 
-        entries.pop("__metadata__", None)
         tensors = {
             str(name): torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
             for name, entry in sorted(entries.items())  # the order in which transformers reads
@@ -215,10 +218,9 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
                 f"{wrong[0]!r} has {sizes[wrong[0]]} bytes, expected {tensors[wrong[0]].nbytes}"
             )
 
-        if 8 + length + sum(sizes.values()) != file.stat().st_size:
-            raise ValueError(
-                f"{file.stat().st_size} bytes, expected {8 + length + sum(sizes.values())}"
-            )
+        expected = begins + sum(sizes.values())
+        if expected != file.stat().st_size:
+            raise ValueError(f"{file.stat().st_size} bytes, expected {expected}")
     except (
         OSError,
         ValueError,
@@ -233,6 +235,16 @@ def _safetensors_header(file: Path) -> dict[str, Tensor]:
         ) from error
 
     return tensors
+
+
+def _entries(opened: BinaryIO) -> tuple[int, dict[str, Any]]:
+    """Return where the values of a safetensors file begin, and the entry of each tensor."""
+    length = int.from_bytes(opened.read(8), "little")
+    if length > _LONGEST:
+        raise ValueError(f"a header of {length} bytes")
+    entries: dict[str, Any] = json.loads(opened.read(length))
+    entries.pop("__metadata__", None)
+    return 8 + length, entries
 
 
 def first_line(error: Exception) -> str:
