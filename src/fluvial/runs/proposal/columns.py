@@ -229,9 +229,14 @@ def kinds(rows: Sequence[Row], column: str) -> tuple[bool, int]:
 def as_options(text: str, answer: str, site: str = "") -> str:
     """Return the options that make a question of one column and its answer of another, for all
     records or for those of a site."""
-    mark = f"{site}:" if site else ""
-    pairs = (f"{mark}prompt={text}", f"{mark}completion={answer}")
+    pairs = (renaming("prompt", text, site), renaming("completion", answer, site))
     return " ".join(f"--column {shlex.quote(pair)}" for pair in pairs)
+
+
+def renaming(field: str, column: str, site: str = "") -> str:
+    """Return the value of `--column` by which our `field` is a column, for all records or for those
+    of a site."""
+    return f"{site}:{field}={column}" if site else f"{field}={column}"
 
 
 def is_usual_owner(column: str) -> bool:

@@ -17,6 +17,7 @@ from fluvial.runs.proposal.columns import (
     may_be_answers,
     names_shown,
     numbers_records,
+    renaming,
     value_of,
 )
 
@@ -81,8 +82,8 @@ def unknown_columns(
 ) -> UndecidedError:
     """Return the error for columns that fit no form, of all records or of those of a site."""
     likely = likely_fields(columns, rows)
-    mark = f"{site}:" if site else ""
-    text = shlex.quote(f"{mark}text={likely.get('text', likely.get('prompt', 'COLUMN'))}")
+    column = likely.get("text", likely.get("prompt", "COLUMN"))
+    text = shlex.quote(renaming("text", column, site))
     pair = as_options(likely.get("prompt", "COLUMN"), likely.get("completion", "COLUMN"), site)
     ways = [f"question and answer: {pair}", f"a text alone: --column {text}"]
     if "text" in likely:
@@ -98,7 +99,7 @@ def unknown_answer(source: str, pairs: Sequence[tuple[str, str]], site: str = ""
     """Return the error for a text beside which columns may hold its answer, see `answer_pairs`."""
     text, answer = pairs[0]
     names = " or ".join(repr(each) for _, each in pairs)
-    alone = shlex.quote(f"{site}:text={text}" if site else f"text={text}")
+    alone = shlex.quote(renaming("text", text, site))
     return UndecidedError(
         f"--data {source!r}: {names} may be the answer to the text {text!r}. To learn it: "
         f"{as_options(text, answer, site)}. To learn the text alone: --column {alone}",
@@ -119,7 +120,7 @@ def missing_options(undecided: Mapping[str, UndecidedError], num_sources: int) -
         word
         for site, own in columns.items()
         for field, column in own.items()
-        for word in ("--column", f"{site}:{field}={column}" if site else f"{field}={column}")
+        for word in ("--column", renaming(field, column, site))
     ]
     return [*words, *(word for error in undecided.values() for word in error.options)]
 
