@@ -1,6 +1,6 @@
 """`fluvial evaluate`: measure an adapter or a model on records, questions, and tasks of lm-eval."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
@@ -11,7 +11,7 @@ from click.core import ParameterSource
 from fluvial.cli.console import Format, Overrides, finite, print_content
 from fluvial.cli.progress import spinner
 from fluvial.errors import ConfigError
-from fluvial.storage.files import expanded
+from fluvial.storage.files import exists, expanded
 
 if TYPE_CHECKING:
     from fluvial.training.generated import Metric
@@ -180,6 +180,15 @@ def evaluate(
         _refuse(given & {"--batch-size"}, "no records or tasks are named; add --data or --tasks")
     if generate is False:
         _refuse(given & ONLY_WITH_ANSWERS, "--no-generate is given; remove it")
+    _refuse_missing(
+        {
+            "--data": data,
+            "--choices": choices,
+            "--shots-from": shots_from,
+            "--superglue": superglue,
+            "--include-path": include_path,
+        }
+    )
 
     with spinner("reading the weights"):
         from fluvial.runs.evaluation import (
@@ -274,6 +283,17 @@ def _given(context: typer.Context) -> set[str]:
         for parameter in context.command.params
         if context.get_parameter_source(str(parameter.name)) is ParameterSource.COMMANDLINE
     }
+
+
+def _refuse_missing(paths: Mapping[str, Path | None]) -> None:
+    """Raise `ConfigError` for a path that names nothing, before weights are read."""
+    from fluvial.data.sources import is_local
+
+    for option, path in paths.items():
+        if path is None or exists(expanded(path)):
+            continue
+        if option != "--data" or is_local(str(path)):  # which a hub id may be
+            raise ConfigError(f"{option}: there is no file or folder {str(path)!r}")
 
 
 def _refuse(options: set[str], why: str) -> None:

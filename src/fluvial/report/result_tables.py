@@ -191,8 +191,8 @@ def answers_caption(result: JsonObject) -> str:
     if overlap["independent_questions"] == once:
         return f"{means}, each counted once: the {asked} answers are to {once} distinct questions."
     return (
-        f"{means}: {asked} answers to {once} distinct questions, which count as "
-        f"{overlap['independent_questions']:.0f} because some were asked more often."
+        f"{means}: {asked} answers to {once} distinct questions. Some were asked more often, so "
+        f"that it is as wide as for {overlap['independent_questions']:.0f} questions asked once."
     )
 
 

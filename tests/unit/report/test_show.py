@@ -385,8 +385,8 @@ def test_the_interval_of_exact_match_is_wilsons(hits: int, questions: int) -> No
         (
             {"overlap": {"distinct_questions": 20, "independent_questions": 18.0}},
             18,
-            "30 answers to 20 distinct questions, which count as 18 because some were asked more "
-            "often.",
+            "30 answers to 20 distinct questions. Some were asked more often, so that it is as "
+            "wide as for 18 questions asked once.",
         ),
         ({"overlap": None}, 30, "it assumes that no two sites share a question"),
         ({}, 30, "together."),

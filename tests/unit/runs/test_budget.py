@@ -384,7 +384,7 @@ def test_what_cannot_be_chosen_is_refused(table: Table, change: Table, message: 
 
 def test_candidates_of_what_is_set_are_refused(table: Table, tmp_path: Path) -> None:
     fixed = table | {"lora": table["lora"] | {"r": 2}}
-    with pytest.raises(ConfigError, match=r"budget\.r: without effect"):
+    with pytest.raises(ConfigError, match=r"budget\.r: without effect, because lora\.r is set"):
         run_table(fixed, tmp_path / "run")
 
 

@@ -157,6 +157,23 @@ def test_questions_in_csv_are_refused_with_the_form_that_is_read(tmp_path: Path)
         read_choices(tmp_path / "q.csv")
 
 
+@pytest.mark.parametrize(
+    ("option", "also"),
+    [
+        ("--data", ()),
+        ("--choices", ()),
+        ("--shots-from", ("--choices", "pyproject.toml")),
+        ("--superglue", ()),
+        ("--include-path", ("--tasks", "mmlu")),
+    ],
+)
+def test_a_path_that_is_missing_is_refused_before_weights_are_read(
+    option: str, also: tuple[str, ...]
+) -> None:
+    result = CliRunner().invoke(app, ["evaluate", "no-such-weights", *also, option, "no.jsonl"])
+    assert str(result.exception) == f"{option}: there is no file or folder 'no.jsonl'"
+
+
 def test_a_batch_is_bounded() -> None:
     result = CliRunner().invoke(app, ["evaluate", "x", "--batch-size", "1025"])
     assert "1<=x<=1024" in result.output

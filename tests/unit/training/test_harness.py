@@ -99,7 +99,7 @@ def test_options_of_tasks_are_refused_without_tasks(own: Path, tiny_model: Path)
         _evaluate(tiny_model, "--tasks", ",")
     with pytest.raises(ConfigError, match="--limit 0"):
         _evaluate(tiny_model, "--tasks", "texts", "--limit", 0)
-    with pytest.raises(ConfigError, match="--include-path: there is no folder 'nowhere'"):
+    with pytest.raises(ConfigError, match="--include-path: there is no file or folder 'nowhere'"):
         _evaluate(tiny_model, "--tasks", "texts", "--include-path", "nowhere")
 
 

@@ -46,17 +46,17 @@ def opened(config: RunConfig) -> Open:
     free = Open.of(config)
     budget = config.budget
     names = {
-        "target_modules": free.target_modules,
-        "r": free.r,
-        "max_steps": free.max_steps,
-        "codecs": free.codec,
-        "downlinks": free.downlink,
+        "target_modules": (free.target_modules, "lora.target_modules"),
+        "r": (free.r, "lora.r"),
+        "max_steps": (free.max_steps, "train.max_steps or train.num_train_epochs"),
+        "codecs": (free.codec, "[codec]"),
+        "downlinks": (free.downlink, "[downlink]"),
     }
-    for name, is_open in names.items():
+    for name, (is_open, setting) in names.items():
         if budget is not None and not is_open and budget.differs(name):
             raise ConfigError(
-                f"budget.{name}: without effect, because the configuration sets what it would "
-                "choose; remove one of the two"
+                f"budget.{name}: without effect, because {setting} is set, which it would choose; "
+                "remove one of the two"
             )
 
     named = config.data.bundled or config.data.public_source is not None
