@@ -65,9 +65,9 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     return {}
 
 
-def not_finite(folder: Path) -> dict[str, str]:
-    """Return the stored tensors that hold a value that is not finite, each with the name of its
-    file.
+def not_finite(folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """Return the stored tensors that hold a value that is not finite in `dtype`, each with the name
+    of its file.
 
     Each tensor is read once, no more than `_AT_ONCE` bytes at a time, and not again as long as its
     file is the same.
@@ -75,20 +75,23 @@ def not_finite(folder: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in _files(folder):
         state = file.stat()
-        names = _not_finite_in(file.resolve(), state.st_size, state.st_mtime_ns)
+        names = _not_finite_in(file.resolve(), dtype, state.st_size, state.st_mtime_ns)
         found |= dict.fromkeys(names, file.name)
     return found
 
 
 @lru_cache(maxsize=1024)
-def _not_finite_in(file: Path, *_state: int) -> tuple[str, ...]:
-    wrong = (name for name, values in _values(file) if not all_finite(values))
+def _not_finite_in(file: Path, dtype: torch.dtype, *_state: int) -> tuple[str, ...]:
+    wrong = (name for name, values in _values(file) if not all_finite(values, dtype))
     return tuple(dict.fromkeys(wrong))
 
 
-def all_finite(values: Tensor) -> bool:
-    """Return whether all values of a float tensor are finite, in one pass over them."""
-    return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())
+def all_finite(values: Tensor, dtype: torch.dtype | None = None) -> bool:
+    """Return whether all values of a float tensor are finite, in `dtype` where it is given, in one
+    pass over them."""
+    if not values.numel():
+        return True
+    return all(bool(end.to(dtype or end.dtype).isfinite()) for end in values.detach().aminmax())
 
 
 def _files(folder: Path) -> list[Path]:

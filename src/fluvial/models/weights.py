@@ -125,14 +125,17 @@ def check_finite(weights: Named, name: str) -> None:
 
 
 def _check_values(config: ModelConfig, folder: Path, unused: list[str]) -> None:
-    """Raise `ConfigError` for a stored value that is not finite, of a tensor that is used."""
+    """Raise `ConfigError` for a stored value that is not finite in the type of the model, of a
+    tensor that is used."""
     logger.info("reading the weights once")
-    wrong = {name: file for name, file in not_finite(folder).items() if name not in unused}
+    dtype = dtype_of(config)
+    found = not_finite(folder, dtype)
+    wrong = {name: file for name, file in found.items() if name not in unused}
     if wrong:
         raise ConfigError(
             f"model.name_or_path={config.name_or_path!r}: {some(sorted(wrong))} (in "
-            f"{min(wrong.values())}) holds values that are not finite; copy the folder again, or "
-            "name another model"
+            f"{min(wrong.values())}) holds values that are not finite in {dtype}; set model.dtype "
+            "to a wider type if it is set, copy the folder again, or name another model"
         )
 
 

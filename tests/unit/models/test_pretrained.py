@@ -287,6 +287,18 @@ def test_check_reads_each_weight_once_and_names_the_one_that_is_no_number(
     assert check_weights(config(base), found)  # the headers alone are whole
 
 
+def test_check_refuses_a_weight_beyond_the_range_of_the_type_that_is_set(base: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors(lambda stored: stored | {name: stored[name].clone().fill_(7e4)})(base)
+    found = meta_base(config(base))
+    assert not check_weights(config(base), found, values=True)
+    half = config(base).model_copy(update={"dtype": "float16"})
+    with pytest.raises(
+        ConfigError, match=rf"'{name}' \(in .*\) holds .* not finite in torch.float16"
+    ):
+        check_weights(half, found, values=True)
+
+
 def test_a_weight_that_is_no_number_is_refused_where_all_weights_are_tuned(base: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     tensors(lambda stored: stored | {name: stored[name].clone().fill_(float("inf"))})(base)
