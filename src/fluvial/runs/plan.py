@@ -83,31 +83,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
     logger.info("predicting bytes and memory")
     refuse_idle(config, planned, texts)
     remarks += idle_remarks(config, planned, texts)
-    sites = []
-    asked = {}
-    steps = 0
-    train = train_config(config, len(texts.names))
-
-    for name in (POOLED,) if config.entry.traits.pooled else texts.names:
-        data = texts.pooled() if config.entry.traits.pooled else texts.load(name)
-        steps = max(steps, train.steps(len(data.train)))
-        if not config.entry.traits.pooled:
-            asked[name] = Asked.of(data, texts.trained_questions(name))
-        sites.append(
-            {
-                "name": name,
-                "records": data.records,
-                "train_records": data.records - data.heldout_records,
-                "heldout_records": data.heldout_records,
-                "train": len(data.train),
-                "steps": train.steps(len(data.train)),
-                "heldout": len(data.heldout),
-                "questions": len(data.questions),
-                "truncated_records": data.truncated_records,
-                "dropped_records": data.dropped_records,
-            }
-        )
-
+    sites, asked = _sites(config, texts)
     remarks += own_only(config.data, asked)
     forecast = planned.forecast()
     trained = planned.sent.numel if planned.num_trained is None else planned.num_trained
@@ -117,7 +93,7 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         ("sites in a round", f"{config.method.cohort(len(sites))} of {len(sites)}"),
         (
             "optimizer steps of a site in a round",
-            f"{steps}, {config.train.logical_batch} sequences each",
+            f"{max(site['steps'] for site in sites)}, {config.train.logical_batch} sequences each",
         ),
         ("update, uncompressed", f"{layout.raw_bytes:,} B"),
         *forecast.rows,
@@ -141,6 +117,35 @@ def plan(config: RunConfig, *, weights_needed: bool = True) -> dict[str, Any]:
         "rows": [{"what": what, "value": value} for what, value in rows],
         "notes": [*_notes(config, forecast, [*planned.notes, *choosing, *remarks]), *weights],
     }
+
+
+def _sites(config: RunConfig, texts: SiteTexts) -> tuple[list[dict[str, Any]], dict[str, Asked]]:
+    """Return counts of each site, of records, sequences and optimizer steps of a round, and the
+    questions of each; of data in one place there is one row, and there are no questions of sites.
+    """
+    train = train_config(config, len(texts.names))
+    pooled = config.entry.traits.pooled
+    sites = []
+    asked = {}
+    for name in (POOLED,) if pooled else texts.names:
+        data = texts.pooled() if pooled else texts.load(name)
+        if not pooled:
+            asked[name] = Asked.of(data, texts.trained_questions(name))
+        sites.append(
+            {
+                "name": name,
+                "records": data.records,
+                "train_records": data.records - data.heldout_records,
+                "heldout_records": data.heldout_records,
+                "train": len(data.train),
+                "steps": train.steps(len(data.train)),
+                "heldout": len(data.heldout),
+                "questions": len(data.questions),
+                "truncated_records": data.truncated_records,
+                "dropped_records": data.dropped_records,
+            }
+        )
+    return sites, asked
 
 
 def _texts(
