@@ -80,10 +80,12 @@ def budget_trials(setup: JsonObject) -> Excerpt | None:
 
 
 def _rows(choice: JsonObject) -> list[list[str]]:
-    """Return a row for each trial, those of most rounds first, by loss."""
+    """Return a row for each trial, those that went on longest first, by loss."""
 
-    def order(trial: JsonObject) -> tuple[int, float]:
-        return -trial["rounds"], float("inf") if trial["loss"] is None else trial["loss"]
+    def order(trial: JsonObject) -> tuple[float, float]:
+        return -trial["rounds"] / trial["of_rounds"], float("inf") if trial[
+            "loss"
+        ] is None else trial["loss"]
 
     return [
         [
@@ -112,9 +114,9 @@ def _downlink(trial: JsonObject) -> str:
 
 def _settings(chosen: JsonObject) -> list[str]:
     """Return the chosen settings as lines of TOML."""
-    tables = {"target_modules": "lora", "r": "lora", "max_steps": "train"}
+    tables = {"target_modules": "lora.", "r": "lora.", "max_steps": "train.", "rounds": ""}
     lines = [
-        f"{tables[name]}.{name} = {_toml(value)}"
+        f"{tables[name]}{name} = {_toml(value)}"
         for name, value in chosen.items()
         if name in tables and value is not None
     ]

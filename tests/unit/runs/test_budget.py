@@ -17,10 +17,10 @@ from fluvial.models.pool import ModelPool
 from fluvial.report.page import write_page
 from fluvial.runs.budget import candidates
 from fluvial.runs.budget.candidates import Adapter, Candidate, Costs
-from fluvial.runs.budget.choice import _why
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.pairs import Pair, pairs
 from fluvial.runs.budget.preview import choice_alone
+from fluvial.runs.budget.reason import reason
 from fluvial.runs.budget.settled import Open, settle
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.opening import texts_of
@@ -93,6 +93,79 @@ def test_trials_count_their_steps(table: Table, caplog: pytest.LogCaptureFixture
     assert " answered (" not in caplog.text
 
 
+def divided(table: Table, **budget: Any) -> Table:
+    """Return a run of which the rounds and the steps of a round are open too."""
+    kept = {key: value for key, value in table.items() if key != "rounds"}
+    train = {"learning_rate": 1e-3, "per_device_train_batch_size": 2}
+    return kept | {"train": train, "budget": BUDGET | {"total_steps": 6} | budget}
+
+
+def test_steps_are_divided_into_rounds(
+    table: Table, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Many short rounds and few long ones have equal steps, and their bytes are within the same."""
+    table = divided(table, max_steps=[1, 3, 2], trial_rounds=8)
+    config = parse(table, "test")
+    (said,) = re.findall(r"at most (\S+) optimizer steps", " ".join(plan(config)["notes"]))
+    caplog.set_level("INFO", "fluvial")
+    straight = run_table(table, tmp_path / "run")
+    done = re.findall(r"trials at (\d+) of \d+ steps at most", caplog.text)
+    assert int(done[-1]) <= int(said.replace(",", ""))
+
+    choice = straight["setup"]["budget"]
+    rounds = {row["max_steps"]: row["of_rounds"] for row in choice["trials"]}
+    assert rounds == {1: 6, 2: 3, 3: 2}
+    assert choice["trials"][0]["max_steps"] == 2
+    assert all(row["up_bytes"] <= BUDGET["up_bytes"] for row in choice["trials"])
+    whole = [row for row in choice["trials"] if row["rounds"] == row["of_rounds"]]
+    (best,) = [row for row in whole if row["chosen"]]
+    assert best["loss"] == min(row["loss"] for row in whole)
+
+    read = read_run(tmp_path / "run")
+    chosen = choice["chosen"]
+    assert read["config"]["rounds"] == len(read["metrics"]) == chosen["rounds"]
+    assert chosen["rounds"] == rounds[chosen["max_steps"]]
+    assert f"{chosen['max_steps']} steps a round in {chosen['rounds']} rounds" in choice["why"]
+    stopped = run_with_stops(table, tmp_path / "stopped", [5, 99])
+    assert stopped["adapter_sha256"] == straight["adapter_sha256"]
+
+    file = tmp_path / "config.toml"
+    file.write_text(toml_of(table))
+    shown = CliRunner().invoke(app, ["plan", str(file)]).output
+    assert f": rounds = {chosen['rounds']}\n" in shown
+
+
+def test_one_division_is_the_run_with_its_rounds(table: Table, tmp_path: Path) -> None:
+    own = run_table(divided(table, max_steps=[2]), tmp_path / "own")
+    rounds = divided(table, max_steps=[2]) | {"rounds": 3}
+    del rounds["budget"]["total_steps"]
+    fixed = run_table(rounds, tmp_path / "fixed")
+    assert own["adapter_sha256"] == fixed["adapter_sha256"]
+    assert own["setup"]["budget"]["trials"] == fixed["setup"]["budget"]["trials"]
+    assert own["setup"]["budget"]["chosen"] == fixed["setup"]["budget"]["chosen"] | {"rounds": 3}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rounds": 3}, "budget.total_steps: without effect, because rounds is set"),
+        (
+            {"train": {"max_steps": 2}},
+            "budget.total_steps: without effect, because train.max_steps or",
+        ),
+        (
+            {"budget": {"up_bytes": 9, "total_steps": 20}},
+            "budget.max_steps: 16 steps a round leave",
+        ),
+    ],
+)
+def test_steps_that_cannot_be_divided_are_refused(
+    table: Table, change: Table, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        run_table(divided(table, max_steps=[2]) | change, tmp_path / "run")
+
+
 def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) -> None:
     table = table | {"compare": ["local"]}  # a baseline has the chosen adapter and no budget
     straight = run_table(table, tmp_path / "a")
@@ -140,7 +213,7 @@ def test_a_run_that_is_resumed_keeps_the_choice(table: Table, tmp_path: Path) ->
 def test_the_reason_tells_seconds_and_losses_apart(needed: float, words: str) -> None:
     """A loss that is lower by less than is shown is not said to be better."""
     row = {"max_steps": 4, "codec": "int8", "rate": 4.0, "r": 2, "target_modules": "attention"}
-    row |= {"loss": 5.68503, "rounds": 2, "chosen": True}
+    row |= {"loss": 5.68503, "rounds": 2, "of_rounds": 2, "chosen": True}
     record: dict[str, Any] = {
         "chosen": {},
         "up_bytes": 10,
@@ -151,11 +224,11 @@ def test_the_reason_tells_seconds_and_losses_apart(needed: float, words: str) ->
         "base_loss": 6.0,
         "alone_loss": 5.68501,
     }
-    why = _why(record)
+    why = reason(record)
     assert words in why
     assert "do better" not in why
-    assert "do better (5.6849)" in _why(record | {"alone_loss": 5.68494})
-    assert "no better than the base" in _why(record | {"base_loss": 5.68504})
+    assert "do better (5.6849)" in reason(record | {"alone_loss": 5.68494})
+    assert "no better than the base" in reason(record | {"base_loss": 5.68504})
 
 
 def test_a_limit_of_time_bounds_bytes_and_steps(table: Table) -> None:
@@ -344,10 +417,12 @@ def test_only_a_limit_that_counts_downloads_opens_the_downlink(timed: Table) -> 
 
 
 def test_open_is_what_the_configuration_does_not_set(table: Table) -> None:
-    assert Open.of(parse(table, "test")) == Open(True, True, False, True, False)
+    assert Open.of(parse(table, "test")) == Open(
+        target_modules=True, r=True, max_steps=False, rounds=False, codec=True, downlink=False
+    )
     fixed = table | {"lora": table["lora"] | {"r": 2}, "codec": {"name": "int8"}}
     assert Open.of(parse(fixed | {"budget": {"up_bytes": 3000}}, "test")) == Open(
-        True, False, False, False, False
+        target_modules=True, r=False, max_steps=False, rounds=False, codec=False, downlink=False
     )
 
 

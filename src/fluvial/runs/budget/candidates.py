@@ -63,6 +63,11 @@ class Candidate:
     """Seconds of all rounds over the line; None without a limit of time."""
 
     @property
+    def up(self) -> int:
+        """Return the bytes that a site sends in a round, at most."""
+        return self.up_bytes // self.config.rounds
+
+    @property
     def down_bytes(self) -> int:
         """Return the bytes that a site receives in all rounds, at most."""
         first, later = self.downs
@@ -79,8 +84,16 @@ def adapters(budget: BudgetConfig, free: Open) -> list[Adapter]:
     """Return all adapters with all numbers of steps, in the order of the settings."""
     targets = list(dict.fromkeys(budget.target_modules)) if free.target_modules else [None]
     ranks = sorted(set(budget.r)) if free.r else [None]
-    steps = sorted(set(budget.max_steps)) if free.max_steps else [None]
-    return [Adapter(t, r, s) for t in targets for r in ranks for s in steps]
+    return [Adapter(t, r, s) for t in targets for r in ranks for s in steps_tried(budget, free)]
+
+
+def steps_tried(budget: BudgetConfig, free: Open) -> list[int | None]:
+    """Return the numbers of steps of a round, first that with which all adapters are tried; None
+    stands for what the configuration sets."""
+    if not free.max_steps:
+        return [None]
+    first = budget.first_steps
+    return [first, *sorted(set(budget.max_steps) - {first})]
 
 
 def with_choice(
@@ -101,6 +114,8 @@ def with_choice(
         lora["r"] = adapter.r
     if adapter.max_steps is not None:
         table.setdefault("train", {})["max_steps"] = adapter.max_steps
+        if config.budget is not None and config.budget.total_steps is not None:
+            table["rounds"] = config.budget.rounds_of(adapter.max_steps)
     if codec is not None:
         table["codec"] = codec.model_dump(exclude_unset=True)
     if downlink is not None:
@@ -237,14 +252,15 @@ class Costs:
                 raise NoRoomError(str(error)) from None
             raise
 
-        first, later = (forecast.traffic(min(n, config.rounds)) for n in (1, LATER))
+        rounds = config.rounds
+        first, later = (forecast.traffic(min(n, rounds)) for n in (1, LATER))
         down = forecast.down if later.down.unknown else later.down.most
         up = forecast.frame if later.up.unknown else later.up.most
         downs = (first.down.most, down)
         train_s = None
         if self.budget.run_s is not None:
             train_s = self._train_s(config, pool)
-            if self._run_s(downs, up, train_s) <= self.budget.run_s:  # else it is too slow anyway
+            if self._run_s(rounds, downs, up, train_s) <= self.budget.run_s:  # else it is too slow
                 train_s += self._both_codings_s(config, pool.layout)
 
         return Candidate(
@@ -253,41 +269,43 @@ class Costs:
             config=config,
             layout=pool.layout,
             frame_bytes=forecast.frame,
-            up_bytes=config.rounds * up,
+            up_bytes=rounds * up,
             downs=downs,
             train_s=train_s,
-            run_s=None if train_s is None else self._run_s(downs, up, train_s),
+            run_s=None if train_s is None else self._run_s(rounds, downs, up, train_s),
         )
 
     def _fits(self, candidate: Candidate) -> bool:
-        up = candidate.up_bytes // self.config.rounds
-        return self._affords(candidate.downs, up, candidate.train_s)
+        rounds = candidate.config.rounds
+        return self._affords(rounds, candidate.downs, candidate.up, candidate.train_s)
 
-    def _affords(self, downs: tuple[int, int], up: int, train_s: float | None) -> bool:
+    def _affords(self, rounds: int, downs: tuple[int, int], up: int, train_s: float | None) -> bool:
         """Return whether the budget has what all rounds need, with `up` bytes of a site in each."""
         budget = self.budget
         first, later = downs
-        sent = self.config.rounds * up
-        received = first + (self.config.rounds - 1) * later
+        sent = rounds * up
+        received = first + (rounds - 1) * later
         return (
             sent <= (budget.up_bytes or math.inf)
             and sent + received <= (budget.total_bytes or math.inf)
-            and (train_s is None or self._run_s(downs, up, train_s) <= (budget.run_s or math.inf))
+            and (
+                train_s is None
+                or self._run_s(rounds, downs, up, train_s) <= (budget.run_s or math.inf)
+            )
         )
 
     def _around(self, candidate: Candidate, rate: float) -> int:
         """Return the bytes of a round beyond a frame with a rate, of the way that has more."""
-        up = candidate.up_bytes // self.config.rounds
         if not candidate.pair.rated_down:
-            return up - candidate.frame_bytes
-        most = max(candidate.downs[1], up if candidate.pair.rated_up else 0)
+            return candidate.up - candidate.frame_bytes
+        most = max(candidate.downs[1], candidate.up if candidate.pair.rated_up else 0)
         return most - int(candidate.layout.raw_bytes / rate)
 
     def _most(self, finest: Candidate, train_s: float | None) -> int:
         """Return the bytes that a site may have in a round beside `train_s`, in each way whose
         codec has a rate; 0 where the budget has room for none."""
         pair = finest.pair
-        up = finest.up_bytes // self.config.rounds
+        up = finest.up
         most = max(up, finest.downs[1]) if pair.rated_down else up
 
         fits = 0
@@ -295,17 +313,17 @@ class Costs:
             middle = (fits + most) // 2
             downs = (finest.downs[0], middle if pair.rated_down else finest.downs[1])
             sent = middle if pair.rated_up else up
-            if self._affords(downs, sent, train_s):
+            if self._affords(finest.config.rounds, downs, sent, train_s):
                 fits = middle
             else:
                 most = middle
 
         return fits
 
-    def _run_s(self, downs: tuple[int, int], up: int, train_s: float) -> float:
+    def _run_s(self, rounds: int, downs: tuple[int, int], up: int, train_s: float) -> float:
         """Return the seconds of all rounds, with `up` bytes of a site in each."""
         first_s, later_s = (self._round_s(down, up, train_s) for down in downs)
-        return first_s + (self.config.rounds - 1) * later_s
+        return first_s + (rounds - 1) * later_s
 
     def _round_s(self, down: int, up: int, train_s: float) -> float:
         line = self.config.fleet.line

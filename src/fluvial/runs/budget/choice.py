@@ -1,8 +1,8 @@
 """The choice within a budget: trials of falling number and growing length, and what they found.
 
-Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with the fewest steps, then
-the numbers of steps for the two best adapters, then for the best of these the codecs of the
-downlink, where a limit counts downloads, and those of the uplink. Every candidate has the
+Successive halving (Jamieson and Talwalkar, AISTATS 2016): all adapters with one number of steps,
+then the other numbers of steps for the two best adapters, then for the best of these the codecs of
+the downlink, where a limit counts downloads, and those of the uplink. Every candidate has the
 largest frames that the budget allows it, so all are compared at equal cost. An adapter whose frames
 must be coarse in both directions begins with each codec that may carry both.
 """
@@ -18,10 +18,18 @@ from fluvial.codecs import CodecSettings
 from fluvial.errors import ClientError, ConfigError, DivergenceError
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
-from fluvial.runs.budget.candidates import Adapter, Candidate, Costs, adapters, with_choice
+from fluvial.runs.budget.candidates import (
+    Adapter,
+    Candidate,
+    Costs,
+    adapters,
+    steps_tried,
+    with_choice,
+)
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.effort import FINALISTS, KEEP, Effort, part_rounds, stages
 from fluvial.runs.budget.pairs import EXACT, Pair, other_codecs, other_downlinks, pairs
+from fluvial.runs.budget.reason import reason
 from fluvial.runs.budget.settled import nothing_fits, opened
 from fluvial.runs.budget.trials import PublicSites, Trial, alone_loss, base_loss
 from fluvial.runs.config import RunConfig
@@ -103,8 +111,8 @@ class _Search:
     @cached_property
     def effort(self) -> Effort:
         """Progress of the trials."""
-        fixed = [self.config.train.max_steps or 1]
-        steps = fixed if self._steps == [None] else [each or 1 for each in self._steps]
+        fixed = self.config.train.max_steps or 1
+        steps = [fixed if each is None else each for each in self._steps]
         adapters = len(self.all_adapters) // len(steps)
         known = self.free.max_steps or self.config.train.max_steps is not None
         return Effort(
@@ -129,8 +137,8 @@ class _Search:
                 raise ConfigError(self._nothing_fits())
             return only[0]
 
-        fewest = [each for each in self.all_adapters if each.max_steps == self._steps[0]]
-        first = self._all_starts(fewest)
+        first_steps, *other_steps = self._steps
+        first = self._all_starts([a for a in self.all_adapters if a.max_steps == first_steps])
         if not first:
             raise ConfigError(self._nothing_fits())
 
@@ -145,7 +153,7 @@ class _Search:
         longer = [
             replace(each.candidate.adapter, max_steps=steps)
             for each in finalists
-            for steps in self._steps[1:]
+            for steps in other_steps
         ]
         finished = self._finish([*finalists, *self._try(self._all_starts(longer))])
         winner = _least(finished, 1)[0]
@@ -161,7 +169,8 @@ class _Search:
 
     @property
     def _steps(self) -> list[int | None]:
-        return sorted({each.max_steps for each in self.all_adapters}, key=lambda n: n or 0)
+        """Return the numbers of steps of a round, first that with which all adapters are tried."""
+        return steps_tried(self.budget, self.free)
 
     def _pool_of(self, adapter: Adapter) -> ModelPool:
         key = (adapter.target_modules, adapter.r)
@@ -216,11 +225,15 @@ class _Search:
         return list(some)
 
     def _go_on(self, some: Sequence[Tried], rounds: int) -> None:
-        going = [tried for tried in some if tried.left(rounds)]
-        self.effort.begin(sum(tried.left(rounds) * tried.steps for tried in going))
+        """Let trials go on as far as `rounds` of the steps with which all adapters are tried."""
+        until = {
+            tried: self.budget.trial_of(rounds, tried.candidate.adapter.max_steps) for tried in some
+        }
+        going = [tried for tried in some if tried.left(until[tried])]
+        self.effort.begin(sum(tried.left(until[tried]) * tried.steps for tried in going))
         for place, tried in enumerate(going, start=1):
-            words = f"trial {place} of {len(going)}, round %d of {rounds}"
-            tried.go_on(rounds, partial(self._ran, tried.steps, words))
+            words = f"trial {place} of {len(going)}, round %d of {until[tried]}"
+            tried.go_on(until[tried], partial(self._ran, tried.steps, words))
 
     def _ran(self, steps: int, words: str, number: int) -> None:
         self.effort.add(steps * self.effort.sites, words % number)
@@ -247,6 +260,8 @@ class _Search:
             chosen["r"] = candidate.config.lora.r
         if self.free.max_steps:
             chosen["max_steps"] = candidate.config.train.max_steps
+        if self.free.rounds:
+            chosen["rounds"] = candidate.config.rounds
         if self.free.codec:
             chosen["codec"] = candidate.config.coding.model_dump(mode="json", exclude_unset=True)
         if self.free.downlink:
@@ -267,16 +282,21 @@ class _Search:
             record["sites"] = len(self.sites.names)
             record["base_loss"] = base_loss(self._pool_of(candidate.adapter), self.sites)
             steps = candidate.config.train.max_steps or 1
-            self.effort.begin(self.budget.trial_rounds * steps)
+            rounds = self._longest(candidate)
+            self.effort.begin(rounds * steps)
             record["alone_loss"] = alone_loss(
                 candidate.config,
                 self._pool_of(candidate.adapter),
                 self.sites,
-                self.budget.trial_rounds,
+                rounds,
                 lambda: self.effort.add(steps, "at sites that train alone"),
             )
 
-        return record | {"why": _why(record)}
+        return record | {"why": reason(record)}
+
+    def _longest(self, candidate: Candidate) -> int:
+        """Return the rounds of a trial that is not ended early."""
+        return self.budget.trial_of(self.budget.trial_rounds, candidate.adapter.max_steps)
 
     def _row(self, tried: Tried, *, chosen: bool) -> dict[str, Any]:
         candidate = tried.candidate
@@ -297,6 +317,7 @@ class _Search:
             "down_bytes": candidate.down_bytes,
             "run_s": candidate.run_s,
             "rounds": tried.points[-1][0],
+            "of_rounds": self._longest(candidate),
             "loss": _finite(tried.loss),
             "points": [[sent, _finite(loss)] for _, sent, loss in tried.points],
             "chosen": chosen,
@@ -307,58 +328,6 @@ def _rate(codec: CodecSettings | None, layout: Layout, size: int) -> float:
     """Return the rate that the settings of a codec have, else that of an update of `size` bytes."""
     rate = None if codec is None else codec.model_dump().get("rate")
     return layout.raw_bytes / size if rate is None else float(rate)
-
-
-def _why(record: dict[str, Any]) -> str:
-    """Return the reason for a choice in one sentence."""
-    limits = record["limits"]
-    bytes_words = f"{record['up_bytes']:,} B up"
-    if limits["up_bytes"] is not None:
-        bytes_words += f" of {limits['up_bytes']:,} B"
-    if limits["total_bytes"] is not None:
-        both = record["up_bytes"] + record["down_bytes"]
-        bytes_words += f", {both:,} B of {limits['total_bytes']:,} B in both directions"
-    elif record["run_s"] is not None:
-        bytes_words += f", receives {record['down_bytes']:,} B"
-    if record["run_s"] is not None:
-        bytes_words += f" and needs {_seconds(record['run_s'], limits['run_s'])}"
-
-    if not record["trials"]:
-        return f"nothing is open; the run sends at most {bytes_words} for a site"
-
-    row = next(row for row in record["trials"] if row["chosen"])
-    ended = [other for other in record["trials"] if other["rounds"] == row["rounds"]]
-    steps = "" if row["max_steps"] is None else f", {row['max_steps']} steps a round"
-    codec = f"{row['codec']} at 1/{row['rate']:.3g}"
-    if "downlink" in record["chosen"]:
-        codec += f", downlink {row['downlink']}"
-        codec += "" if row["downlink"] == EXACT else f" at 1/{row['down_rate']:.3g}"
-    why = (
-        f"rank {row['r']} on {row['target_modules']}{steps}, {codec}: "
-        f"least loss of {len(record['trials'])} candidates on public text, {row['loss']:.4f} after "
-        f"{row['rounds']} rounds"
-    )
-    others = [other["loss"] for other in ended if other is not row and other["loss"] is not None]
-    if others:
-        why += f" (next {min(others):.4f}, base {record['base_loss']:.4f})"
-    if round(row["loss"], 4) >= round(record["base_loss"], 4):
-        why += (
-            "; that is no better than the base, so this text tells little: set "
-            "data.public_source to text like the sites'"
-        )
-    if round(record["alone_loss"], 4) < round(row["loss"], 4):
-        why += f"; simulated sites that train alone do better ({record['alone_loss']:.4f})"
-    return f"{why}; the run sends at most {bytes_words} for a site"
-
-
-def _seconds(needed: float, limit: float) -> str:
-    """Return the seconds that a run needs of those that it may take, with as many decimals as tell
-    them apart, at most three."""
-    for decimals in range(4):
-        words = f"{needed:,.{decimals}f} s", f"{limit:,.{decimals}f} s"
-        if words[0] != words[1]:
-            break
-    return " of ".join(words)
 
 
 def _least(some: Sequence[Tried], count: int) -> list[Tried]:

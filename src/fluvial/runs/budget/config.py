@@ -23,6 +23,10 @@ class BudgetConfig(Settings):
     """Seconds that all rounds may take over `fleet.line`: local steps and coding as measured on
     this machine, and the transfer in both directions. Measures, set-up and baselines come on
     top."""
+    total_steps: int | None = Field(None, ge=2, le=10**9)
+    """Optimizer steps of one site in the whole run. Unset, the run has `rounds`, each with the
+    steps that are chosen. Set, `rounds` is chosen too: as many as have these steps, so that runs of
+    many short rounds and of few long ones are compared at equal steps and bytes."""
     target_modules: tuple[str, ...] = Field(
         ("q_proj+v_proj", "attention", "all-linear"), min_length=1
     )
@@ -42,7 +46,8 @@ class BudgetConfig(Settings):
     trellis, and with `total_bytes` also powersgd."""
     trial_rounds: int = Field(8, ge=2, le=10**4)
     """Rounds of the longest trials, at most those of the run; the worse two thirds of the adapters
-    end after a quarter of them, and two thirds of the rest after a half."""
+    end after a quarter of them, and two thirds of the rest after a half. With `total_steps` they
+    are rounds of the middle one of `max_steps`, and other trials have as many steps."""
     trial_sites: int | None = Field(None, ge=2, le=8)
     """Sites that the server simulates on public text, a fifth of which is held out. Unset, they are
     as many as take part in a round, from 2 to 8: the mean of fewer updates has more of a codec's
@@ -50,7 +55,28 @@ class BudgetConfig(Settings):
 
     def within(self, rounds: int) -> Self:
         """Return these settings for a run of `rounds`, which no trial exceeds."""
+        if self.total_steps is not None:
+            rounds = self.rounds_of(self.first_steps)
         return self.model_copy(update={"trial_rounds": min(self.trial_rounds, rounds)})
+
+    @property
+    def first_steps(self) -> int:
+        """Return the steps of a round with which all adapters are tried: the fewest, or where all
+        candidates have equal steps in the whole run, the middle."""
+        steps = sorted(set(self.max_steps))
+        return steps[0 if self.total_steps is None else len(steps) // 2]
+
+    def rounds_of(self, max_steps: int) -> int:
+        """Return the rounds of `max_steps` that have `total_steps`."""
+        assert self.total_steps is not None
+        return self.total_steps // max_steps
+
+    def trial_of(self, rounds: int, max_steps: int | None) -> int:
+        """Return the rounds of a trial with `max_steps` that are compared with `rounds` of
+        `first_steps`."""
+        if self.total_steps is None or max_steps is None:
+            return rounds
+        return max(1, rounds * self.first_steps // max_steps)
 
     def simulated_sites(self, cohort: int) -> int:
         """Return the number of simulated sites, for a run with `cohort` sites in a round."""
@@ -72,6 +98,11 @@ class BudgetConfig(Settings):
                 )
         for key in ("r", "max_steps"):
             yield from self.repeated(key)
+        if self.total_steps is not None and self.rounds_of(max(self.max_steps)) < 2:
+            yield (
+                f"max_steps: {max(self.max_steps)} steps a round leave fewer than two rounds of "
+                f"total_steps={self.total_steps}; remove it, or raise total_steps"
+            )
         if self.downlinks is not None and not self.counts_downloads:
             yield (
                 "downlinks: without effect, because only total_bytes and run_s count downloads; "

@@ -26,11 +26,13 @@ def stages(
 ) -> tuple[int, ...]:
     """Return the steps of one simulated site in each stage of the trials, at most.
 
-    `steps` are the numbers of steps of a round that are tried, the fewest first. The stages are two
-    parts and the rest of `num_adapters`, more steps, other codecs of the downlink and of the
-    uplink, and sites that train alone.
+    `steps` are the numbers of steps of a round that are tried, first that of all adapters. The
+    stages are two parts and the rest of `num_adapters`, other steps, other codecs of the downlink
+    and of the uplink, and sites that train alone.
     """
     rounds = budget.trial_rounds
+    longest = [budget.trial_of(rounds, each) * each for each in steps]
+    most = max(longest)
     starts = num_starts(budget, free)
     going = num_adapters * starts
     done = 0
@@ -45,8 +47,8 @@ def stages(
         len(budget.tried_codecs) - 1 if free.codec else 0,
     )
     finalists = starts * min(FINALISTS, num_adapters)
-    found.append(finalists * rounds * sum(steps[1:]))
-    return (*found, *(number * rounds * steps[-1] for number in others), rounds * steps[-1])
+    found.append(finalists * sum(longest[1:]))
+    return (*found, *(number * most for number in others), most)
 
 
 class Effort:

@@ -7,7 +7,7 @@ import torch
 from fluvial.errors import ConfigError
 from fluvial.methods.measuring import Texts
 from fluvial.models.pool import ModelPool
-from fluvial.runs.budget.candidates import Candidate, Costs, adapters, with_choice
+from fluvial.runs.budget.candidates import Candidate, Costs, adapters, steps_tried, with_choice
 from fluvial.runs.budget.choice import choose
 from fluvial.runs.budget.config import BudgetConfig
 from fluvial.runs.budget.effort import stages
@@ -54,6 +54,7 @@ def shown(config: RunConfig, texts: Texts) -> tuple[RunConfig, list[str]]:
         "target_modules": "lora.target_modules",
         "r": "lora.r",
         "max_steps": "train.max_steps",
+        "rounds": "rounds",
         "codec": "the codec",
         "downlink": "the downlink",
     }
@@ -78,8 +79,8 @@ def _example(config: RunConfig, budget: BudgetConfig, free: Open, texts: Texts) 
     `ConfigError` where none is within the bytes of the budget."""
     costs = Costs(config, budget.model_copy(update={"run_s": None}), texts)
     pool = ModelPool(config.model, config.adapter)
-    fewest = min(budget.max_steps) if free.max_steps else None
-    tried = [each for each in adapters(budget, free) if each.max_steps == fewest]
+    first_steps = steps_tried(budget, free)[0]
+    tried = [each for each in adapters(budget, free) if each.max_steps == first_steps]
     usual = (config.lora.target_modules, config.lora.r)
     tried.sort(key=lambda each: (each.target_modules, each.r) != usual)
     possible = 0
@@ -105,10 +106,9 @@ def _example(config: RunConfig, budget: BudgetConfig, free: Open, texts: Texts) 
 def _most_steps(budget: BudgetConfig, free: Open, fixed: int | None) -> int | None:
     """Return the optimizer steps of a simulated site in all trials at most; None where they follow
     from the data."""
-    steps = sorted(set(budget.max_steps)) if free.max_steps else [fixed]
-    if None in steps:
-        return None
-
+    steps = steps_tried(budget, free) if free.max_steps else [fixed]
     numbers = [each for each in steps if each is not None]
+    if not numbers:
+        return None
     num_adapters = len(adapters(budget, free)) // len(numbers)
     return sum(stages(budget, free, num_adapters, numbers))

@@ -16,6 +16,8 @@ class Open:
     target_modules: bool
     r: bool
     max_steps: bool
+    rounds: bool
+    """True only with `budget.total_steps`."""
     codec: bool
     downlink: bool
     """True only beside a limit that counts downloads."""
@@ -29,6 +31,9 @@ class Open:
             "target_modules" not in lora,
             "r" not in lora,
             not train & {"max_steps", "num_train_epochs"},
+            config.budget is not None
+            and config.budget.total_steps is not None
+            and "rounds" not in config.model_fields_set,
             config.codec is None,
             config.downlink is None
             and config.budget is not None
@@ -37,7 +42,7 @@ class Open:
 
     def __bool__(self) -> bool:
         """Return True where something is open."""
-        return any((self.target_modules, self.r, self.max_steps, self.codec, self.downlink))
+        return any(vars(self).values())
 
 
 def opened(config: RunConfig) -> Open:
@@ -45,10 +50,12 @@ def opened(config: RunConfig) -> Open:
     candidates of what is not open, and where trials have no public text."""
     free = Open.of(config)
     budget = config.budget
+    steps = "train.max_steps or train.num_train_epochs"
     names = {
+        "total_steps": (free.rounds and free.max_steps, steps if free.rounds else "rounds"),
         "target_modules": (free.target_modules, "lora.target_modules"),
         "r": (free.r, "lora.r"),
-        "max_steps": (free.max_steps, "train.max_steps or train.num_train_epochs"),
+        "max_steps": (free.max_steps, steps),
         "codecs": (free.codec, "[codec]"),
         "downlinks": (free.downlink, "[downlink]"),
     }
@@ -77,6 +84,8 @@ def nothing_fits(config: RunConfig, free: Open, tried: int) -> str:
     assert budget is not None
     limits = [f"budget.{name}={limit:.12g}" for name, limit in budget.limits.items() if limit]
     rounds = f"in {config.rounds} rounds"
+    if free.rounds:
+        rounds = f"in the fewest rounds of {budget.total_steps} steps"
     if free.codec:
         words = f"no adapter of {tried} tried has a codec that needs so little {rounds}; "
     else:
@@ -106,6 +115,8 @@ def settle(config: RunConfig, record: dict[str, Any], place: str = BUDGET) -> Ru
         for key, name in (("lora", "target_modules"), ("lora", "r"), ("train", "max_steps")):
             if getattr(free, name) and name in chosen:
                 table.setdefault(key, {})[name] = chosen[name]
+        if free.rounds:
+            table["rounds"] = chosen["rounds"]
         if free.codec:
             table["codec"] = chosen["codec"]
         if free.downlink and chosen["downlink"] is not None:
