@@ -42,6 +42,23 @@ class Bed:
     ranks: tuple[int, ...] = (2, 8)
     targets: tuple[str, ...] = ("attention", "all-linear")
 
+    def train(self, learning_rate: float, steps: int | None = None) -> Table:
+        """Return the settings of training, with `steps` of a round, which None leaves open."""
+        fixed = {} if steps is None else {"max_steps": steps}
+        return {"learning_rate": learning_rate, "per_device_train_batch_size": self.batch, **fixed}
+
+    @property
+    def divisions(self) -> tuple[int, ...]:
+        """Return the steps of a round of runs with equal steps in all, the fewest first."""
+        return tuple(
+            n for n in (self.steps, 2 * self.steps, 4 * self.steps) if 2 * n <= self.all_steps
+        )
+
+    @property
+    def all_steps(self) -> int:
+        """Return the steps of a site in a run."""
+        return self.rounds * self.steps
+
 
 FULL = Bed(
     seeds=3,
@@ -63,7 +80,8 @@ QUICK = Bed(
 
 
 def resolve(cell: str, bed: Bed, learning_rate: float, seed: int, **tables: Any) -> RunConfig:
-    """Return the configuration of one run, with further `tables`."""
+    """Return the configuration of one run, with further `tables`; settings that are None are left
+    open."""
     corpus = CORPORA[cell].tables()
     if (folder := CORPORA[cell].folder) is not None:
         public = SHARED / "data" / PUBLIC.get(folder, PLAYS)
@@ -77,16 +95,12 @@ def resolve(cell: str, bed: Bed, learning_rate: float, seed: int, **tables: Any)
         "seed": seed,
         "rounds": bed.rounds,
         "lora": lora,
-        "train": {
-            "learning_rate": learning_rate,
-            "per_device_train_batch_size": bed.batch,
-            "max_steps": bed.steps,
-        },
+        "train": bed.train(learning_rate, bed.steps),
         "evaluate": {"every": 1, "sample_tokens": 1},
         "fleet": {"workers": 1},
         **tables,
     }
-    return parse(table, cell)
+    return parse({name: value for name, value in table.items() if value is not None}, cell)
 
 
 class Runs:

@@ -10,7 +10,9 @@ with it and powersgd at 1/64 both ways in the whole run, and its run measures th
 the adapter (`method.ema_decay`), in its trials too. The same choice without it is a row of its own:
 the average ends lower, and follows a loss that falls fast with a delay.
 Trials are as long as the run, because coarse codecs of both ways may lose again after some rounds
-what they had gained. Local steps are the same for all. By hand, every adapter of the grid runs on
+what they had gained. The optimizer steps of a site in the whole run are the same for all; they are
+divided into `rounds`, or where that is open into as many as the choice takes, and the fixed adapter
+then runs in each of these ways. By hand, every adapter of the grid runs on
 the sites' own data within a third, on seed 0, with powersgd both ways.
 """
 
@@ -55,6 +57,9 @@ BY_HAND = Pair("powersgd", "powersgd")
 BUDGETS = {"budget of all bytes": 1.0, "budget of a half": 1 / 2, "budget of a third": 1 / 3}
 """Shares of the bytes of `MEASURE`."""
 THIRD = "budget of a third"
+DIVIDED = {"third, rounds chosen": 1 / 3, "ninth, rounds chosen": 1 / 9}
+"""Shares of the same, of runs whose steps are divided into rounds by the choice."""
+A_ROUND = "steps a round"
 LAST = "last adapter"
 """A choice whose run measures the last adapter, and not the moving average."""
 AVERAGED: Table = {"name": "fedavg", "ema_decay": 0.5}
@@ -84,10 +89,38 @@ def measure(cell: str, bed: Bed, runs: Runs) -> list[Row]:
             config = resolve(cell, bed, rate, seed, budget=budget, method=AVERAGED)
             rows += choice_rows(name, config, figures, runs)
 
+        rows += divided(cell, bed, figures, runs, limit)
+
         for each in by_hand(config, [BY_HAND]) if seed == 0 else ():
             name = f"by hand: r {each.lora.r} on {words_of(each)}, powersgd both ways"
             rows.append(figures.row(name, runs.one(each)))
 
+    return rows
+
+
+def divided(cell: str, bed: Bed, figures: Figures, runs: Runs, limit: float) -> list[Row]:
+    """Return the figures of runs with equal steps in fewer rounds: the fixed adapter, and choices
+    within shares of `limit` that choose the rounds too."""
+    rate = figures.learning_rate
+    up, down = FIXED[MEASURE]
+    rows = []
+    for steps in bed.divisions[1:]:
+        tables = {"rounds": bed.all_steps // steps, "train": bed.train(rate, steps)}
+        config = resolve(
+            cell, bed, rate, figures.seed, lora=USUAL, codec=up, downlink=down, **tables
+        )
+        rows.append(figures.row(f"{MEASURE}, {steps} {A_ROUND}", runs.one(config)))
+
+    for name, share in DIVIDED.items():
+        budget = {
+            "total_bytes": int(share * limit),
+            "total_steps": bed.all_steps,
+            "max_steps": list(bed.divisions),
+            "trial_rounds": bed.rounds,
+            **candidates_of(bed),
+        }
+        tables = {"rounds": None, "train": bed.train(rate), "budget": budget, "method": AVERAGED}
+        rows += choice_rows(name, resolve(cell, bed, rate, figures.seed, **tables), figures, runs)
     return rows
 
 
@@ -111,18 +144,21 @@ def claims(rows: Sequence[Row], cells: Sequence[str]) -> list[Claim]:
             whole = all(row["reached"] for row in those)
             return mean(row["all_to_target"] for row in those) if whole else None
 
-        fixed = [each for name in FIXED if (each := until(name)) is not None]
-        found += [
-            Claim(
-                f"{cell}, {name}: bytes of both ways up to the target, of those of the best fixed "
-                "adapter",
-                own / min(fixed) if (own := until(name)) is not None and fixed else None,
-                1 / 3,
-                "at most",
-            )
-            for share in BUDGETS
-            for name in (share, f"{share}, {LAST}")
-        ]
+        longer = {row["contender"] for row in some if row["contender"].endswith(A_ROUND)}
+        for name in (*BUDGETS, *(DIVIDED if longer else ())):
+            others = FIXED if name in BUDGETS else {*FIXED, *longer}
+            words = "" if name in BUDGETS else ", in any number of rounds"
+            fixed = [each for known in others if (each := until(known)) is not None]
+            found += [
+                Claim(
+                    f"{cell}, {own}: bytes of both ways up to the target, of those of the best "
+                    f"fixed adapter{words}",
+                    size / min(fixed) if (size := until(own)) is not None and fixed else None,
+                    1 / 3,
+                    "at most",
+                )
+                for own in (name, f"{name}, {LAST}")
+            ]
 
         losses = {row["contender"]: row["loss"] for row in some if row["seed"] == 0}
         best = min(loss for name, loss in losses.items() if name.startswith("by hand"))
