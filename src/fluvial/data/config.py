@@ -7,7 +7,7 @@ from pydantic import Field
 
 from fluvial.data.examples import Overlong
 from fluvial.data.files import UTF8, known_encoding
-from fluvial.data.forms import FIELDS, Form
+from fluvial.data.forms import ANSWERS, FIELDS, Form
 from fluvial.data.partition import Iid, Partition
 from fluvial.data.read_as import ReadAs
 from fluvial.data.records import Numbers
@@ -269,7 +269,8 @@ def unreadable(
     fields = dict[str, str]()
     for field, column in (columns or {}).items():
         first = fields.setdefault(column, field)
-        if first != field:
+        listed = {first, field} - {"references"} <= {*ANSWERS.values()}
+        if first != field and not ("references" in (first, field) and listed):
             yield (
                 f"columns: {first} and {field} name one column, {column!r:.40}; name a column of "
                 "its own for each"

@@ -8,7 +8,8 @@
 | `alpaca`            | `instruction`, `output`, optional `input`    | the output and EOS     |
 | `sharegpt`          | `conversations`: list of `{"from", "value"}` | the turns of "gpt"     |
 
-Prompt/completion and Alpaca records may have `references`, a list of further right answers.
+Prompt/completion and Alpaca records may have `references`, a list of further right answers; where
+it names the column of the answer, that lists all right ones, the one to learn first.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {
     "prompt_completion": ("references",),
     "alpaca": ("input", "references"),
 }
+ANSWERS: dict[Form, str] = {"prompt_completion": "completion", "alpaca": "output"}
+"""The field with the answer of a record; its column may be that of `references` too."""
 CONVERSATIONS: frozenset[str] = frozenset({"messages", "sharegpt"})
 """Forms that a chat template renders."""
 FIELDS = tuple(
@@ -88,7 +91,11 @@ def resolve(
                 f"{listed(found)}"
             )
 
-    renamed = set(columns.values())
+    renamed = {
+        column
+        for field, column in columns.items()
+        if field != "references" or column not in ANSWERS.values()
+    }
     ours = [name for name in found if name not in renamed] + list(columns)
     chosen = detect_form(ours, where) if form == "auto" else form
     missing = [field for field in REQUIRED_FIELDS[chosen] if field not in ours]

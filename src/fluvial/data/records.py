@@ -126,7 +126,8 @@ class RecordReader:
         if self.form == "prompt_completion":
             prompt = self._text(place, fields, "prompt")
             answer = self._answer(place, fields, "completion")
-            return Record(place, Answered(prompt, answer, self._references(place, fields)))
+            references = self._references(place, fields, "completion")
+            return Record(place, Answered(prompt, answer, references))
 
         self.unread.update(
             (key, "records")
@@ -163,12 +164,22 @@ class RecordReader:
         raise ConfigError(f"{place}: {name} must be text, and is {described(value)}; {remedy}")
 
     def _answer(self, place: object, fields: Mapping[str, Any], field: str) -> str:
-        if isinstance(fields.get(self._column(field)), list):
+        column = self._column(field)
+        value = fields.get(column)
+        if isinstance(value, list) and column != self._column("references"):
             raise ConfigError(
-                f"{place}: {self._name(field)} must be text, and is a list; write one answer there "
-                "and further right ones as a list in the field 'references'"
+                f"{place}: {self._name(field)} must be text, and is a list; if each of its texts "
+                "is a right answer, and the first the one to learn, set data.columns = "
+                f"{{{field} = {shown(column)}, references = {shown(column)}}}, else write one text"
             )
-        answer = self._text(place, fields, field)
+        if isinstance(value, list) and not value:
+            raise ConfigError(
+                f"{place}: {self._name(field)} lists no answer; write one, or remove the record"
+            )
+        if isinstance(value, list):
+            answer = self._value(place, f"text 1 of {self._name(field)}", value[0])
+        else:
+            answer = self._text(place, fields, field)
         if is_blank(answer):
             raise ConfigError(
                 f"{place}: the answer is empty ({self._name(field)}), which would teach the model "
@@ -177,9 +188,11 @@ class RecordReader:
 
         return answer
 
-    def _references(self, place: object, fields: Mapping[str, Any]) -> tuple[str, ...]:
-        value = fields.get(self._column("references"))
-        if value is None:
+    def _references(self, place: object, fields: Mapping[str, Any], field: str) -> tuple[str, ...]:
+        column = self._column("references")
+        value = fields.get(column)
+        listed = column == self._column(field)
+        if value is None or (listed and not isinstance(value, list)):
             return ()
 
         name = self._name("references")
@@ -198,7 +211,7 @@ class RecordReader:
                 f"{place}: {name} has a blank text, which an empty answer would equal; remove it"
             )
 
-        return texts
+        return texts[1:] if listed else texts
 
     def _alpaca(self, place: object, fields: Mapping[str, Any]) -> Answered:
         instruction = self._text(place, fields, "instruction")
@@ -208,7 +221,7 @@ class RecordReader:
         template = ALPACA_WITH_INPUT if given else ALPACA_WITHOUT_INPUT
 
         prompt = template.format(instruction=instruction, input=given)
-        return Answered(prompt, answer, self._references(place, fields))
+        return Answered(prompt, answer, self._references(place, fields, "output"))
 
     def _chat(self, place: object, fields: Mapping[str, Any]) -> Chat:
         field = "messages" if self.form == "messages" else "conversations"

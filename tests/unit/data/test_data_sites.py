@@ -5,7 +5,6 @@ import copy
 import json
 import logging
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -412,21 +411,14 @@ def test_a_name_that_the_system_refuses_is_told_with_its_setting(
         read_records(name)
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--choices", "LONG"], "there is no file .* with questions"),
-        (["--superglue", "LONG"], "has no task of SuperGLUE"),
-    ],
-)
+@pytest.mark.parametrize("option", ["--choices", "--superglue"])
 def test_a_name_that_the_system_refuses_is_no_file_of_evaluate(
-    words: list[str], message: str, tiny_model: Path
+    option: str, tiny_model: Path
 ) -> None:
-    given = [word.replace("LONG", "x" * 300) for word in words]
-    found = CliRunner().invoke(app, ["evaluate", str(tiny_model), *given])
+    found = CliRunner().invoke(app, ["evaluate", str(tiny_model), option, "x" * 300])
     assert isinstance(found.exception, ConfigError)
-    assert re.search(message, str(found.exception))
-    found = CliRunner().invoke(app, ["evaluate", "/" + "x" * 300, *given])
+    assert str(found.exception).startswith(f"{option}: there is no file or folder 'xxx")
+    found = CliRunner().invoke(app, ["evaluate", "/" + "x" * 300, option, __file__])
     assert isinstance(found.exception, ConfigError)
     assert str(found.exception).startswith("there is no folder '/xxx")
 

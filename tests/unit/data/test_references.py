@@ -1,6 +1,7 @@
 """Several right answers of one record: read, checked, and scored by the best."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,48 @@ def test_references_of_another_type_are_named_by_file_and_line(
 def test_several_answers_in_the_place_of_one_are_told_where_they_belong(
     fields: dict[str, Any], name: str, tmp_path: Path, tokenizer: Any
 ) -> None:
-    message = f"field '{name}' must be text, and is a list; write one answer .*'references'"
+    data = lines(tmp_path, fields)
+    remedy = re.escape(f"data.columns = {{{name} = '{name}', references = '{name}'}}")
+    with pytest.raises(DataError, match=f"field '{name}' must be text, and is a list; .*{remedy}"):
+        read_whole(data, tokenizer, "--data")
+
+    for columns in ({name: name, "references": name}, {"references": name}):
+        listed = data.model_copy(update={"columns": columns})
+        (question,) = read_whole(listed, tokenizer, "--data").questions
+        assert question.answer == fields[name][0]
+        assert question.references == tuple(fields[name][1:])
+
+
+def test_a_column_of_answers_may_be_within_an_object_and_hold_one(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    data = lines(
+        tmp_path,
+        {"qa": {"question": "p", "answers": ["c", "d"]}},
+        {"qa": {"question": "p", "answers": "c"}},
+    )
+    columns = {"prompt": "qa.question", "completion": "qa.answers", "references": "qa.answers"}
+    found = read_whole(data.model_copy(update={"columns": columns}), tokenizer, "--data")
+    assert [(each.answer, each.references) for each in found.questions] == [
+        ("c", ("d",)),
+        ("c", ()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([], "lists no answer"),
+        ([" "], "the answer is empty"),
+        (["c", 1], "text 2 of field .* must be text"),
+        ([["c"]], "text 1 of field .* must be text"),
+        (["c", " "], "has a blank text"),
+    ],
+)
+def test_a_list_of_answers_has_texts(
+    answers: list[Any], message: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    data = lines(tmp_path, {"prompt": "p", "answers": answers})
+    columns = {"completion": "answers", "references": "answers"}
     with pytest.raises(DataError, match=message):
-        read_whole(lines(tmp_path, fields), tokenizer, "--data")
+        read_whole(data.model_copy(update={"columns": columns}), tokenizer, "--data")

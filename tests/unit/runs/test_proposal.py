@@ -463,9 +463,26 @@ def test_a_guess_looks_into_objects_where_the_columns_fit_no_form() -> None:
     assert guess({"x": alpaca}) == ("alpaca", names)
     assert guess({"id": "a-1", "x": {"text": "a text"}}) == ("text", {"text": "x.text"})
 
+    def answers(question: str, column: str) -> object:
+        names = {"prompt": question, "completion": column, "references": column}
+        return "prompt_completion", names
+
+    squad = {"question": "Why?", "context": "c", "answers": {"text": ["a", "b"], "start": [1, 2]}}
+    assert guess(squad) == answers("question", "answers.text")
+    assert guess({"qa": {"question": "q", "answers": ["a"]}, "n": 1}) == answers(
+        "qa.question", "qa.answers"
+    )
+    assert guess({"question": "q", "answer": ["a"]}) == answers("question", "answer")
+    own = {"completion": "completion", "references": "completion"}
+    assert guess({"prompt": "p", "completion": ["a"]}) == ("prompt_completion", own)
+    trivia = {"question": "q", "answer": {"value": "a", "aliases": ["a", "b"]}}
+    pair = {"prompt": "question", "completion": "answer.value"}
+    assert guess(trivia) == ("prompt_completion", pair)
+
     for unsure in (
         {"dialog": dialog, "first": dialog},  # two objects fit
-        {"question": "Why?", "answers": {"text": ["a"], "start": [1]}},  # a list is no text
+        {"question": "Why?", "answers": [{"text": "a"}]},  # objects are no texts
+        {"question": "Why?", "answers": []},
         {"abstract": "a long text", "meta": {"note": "n"}},  # another text is beside it
         {"x": {"turns": "a text"}},
     ):

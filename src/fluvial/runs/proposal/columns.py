@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fluvial.data.forms import (
+    ANSWERS,
     CONVERSATIONS,
     FIELDS,
     FORMS,
@@ -30,11 +31,22 @@ LIKE: dict[str, tuple[str, ...]] = {
     ),
     "completion": (
         *("completion", "answer", "response", "reply", "target", "output", "summary", "label"),
-        *("solution", "antwort", "ausgabe", "respuesta", "reponse", "risposta"),
+        *(
+            "answertext",
+            "answervalue",
+            "solution",
+            "antwort",
+            "ausgabe",
+            "respuesta",
+            "reponse",
+            "risposta",
+        ),
     ),
     "text": ("text", "content", "note", "report", "body", "sentence", "story"),
 }
 """Usual names of columns for a field, the best first."""
+LISTS = ("", "s", "text", "stext")
+"""Ends of the names of columns with a list of right answers, such as `answers.text` of SQuAD."""
 LIKELY_FORMS: tuple[Form, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
 """Forms in the order in which they are guessed."""
 MOST_NAMES = 20
@@ -70,7 +82,7 @@ def guessed_columns(
 
     Fields within an object of the `rows` are looked at where none of the columns fit.
     """
-    found = _guessed(columns)
+    found = _guessed(columns, _lists(columns, rows))
     if found is not None:
         return found
     within = [_guessed_within(outer, columns, rows) for outer in _objects(columns, rows)]
@@ -78,12 +90,20 @@ def guessed_columns(
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _guessed(columns: Sequence[str]) -> tuple[Form, dict[str, str]] | None:
-    """Return the form and the columns to rename that the names suggest, None where they do not."""
+def _guessed(
+    columns: Sequence[str], lists: Collection[str] = ()
+) -> tuple[Form, dict[str, str]] | None:
+    """Return the form and the columns to rename that the names suggest, None where they do not.
+
+    The answer may be one of the `lists`, which are columns with lists of texts.
+    """
     try:
-        return detect_form(columns, "data"), {}
+        form = detect_form(columns, "data")
     except ConfigError:
         pass
+    else:
+        field = ANSWERS.get(form)
+        return form, {field: field, "references": field} if field and field in lists else {}
 
     plain = {re.sub(r"[\W_]+", "", name.casefold()): name for name in reversed(columns)}
     for form in LIKELY_FORMS:
@@ -94,11 +114,38 @@ def _guessed(columns: Sequence[str]) -> tuple[Form, dict[str, str]] | None:
         if form == "alpaca":
             found["input"] = next((plain[name] for name in LIKE["input"] if name in plain), None)
         names = [name for name in found.values() if name is not None]
+        answer = ANSWERS.get(form)
+        if answer and (found[answer] is None or found[answer] in lists):
+            found[answer] = found["references"] = _named_list(plain, LIKE[answer], lists)
+            names = [name for field, name in found.items() if name and field != "references"]
         required = [found[field] for field in REQUIRED_FIELDS[form]]
         if None not in required and len(set(names)) == len(names):
-            return form, {f: name for f, name in found.items() if name is not None and name != f}
+            listed = found.get("references") is not None
+            return form, {
+                field: name
+                for field, name in found.items()
+                if name is not None and (name != field or (listed and field == answer))
+            }
 
     return None
+
+
+def _named_list(
+    plain: Mapping[str, str], usual: Sequence[str], lists: Collection[str]
+) -> str | None:
+    """Return the first of the `lists` that has a usual name, None where there is none."""
+    names = (f"{name}{end}" for name in usual for end in LISTS)
+    return next((plain[name] for name in names if plain.get(name) in lists), None)
+
+
+def _lists(columns: Sequence[str], rows: Sequence[Row]) -> frozenset[str]:
+    """Return the columns that have a list of texts in each record."""
+
+    def is_list(cell: object) -> bool:
+        return isinstance(cell, list) and bool(cell) and all(isinstance(x, str) for x in cell)
+
+    cells = {name: [row.cells.get(name) for row in rows] for name in columns}
+    return frozenset(name for name in columns if rows and all(map(is_list, cells[name])))
 
 
 def _objects(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
@@ -116,7 +163,8 @@ def _guessed_within(
     text beside the object, which may be what is meant.
     """
     inner = [name.rpartition(".")[2] for name in columns if name.rpartition(".")[0] == outer]
-    guessed = _guessed(inner)
+    lists = _lists([name for name in columns if name.rpartition(".")[0] == outer], rows)
+    guessed = _guessed(inner, {name.rpartition(".")[2] for name in lists})
     if guessed is None:
         return None
 
@@ -124,7 +172,12 @@ def _guessed_within(
     names = {field: renamed.get(field, field) for field in fields_of(form)}
     found = {field: f"{outer}.{name}" for field, name in names.items() if name in inner}
     kind = list if form in CONVERSATIONS else str | Number | bool
-    cells = [row.cells.get(found[field]) for row in rows for field in REQUIRED_FIELDS[form]]
+    cells = [
+        row.cells.get(found[field])
+        for row in rows
+        for field in REQUIRED_FIELDS[form]
+        if found[field] != found.get("references")
+    ]
     if not all(value is None or isinstance(value, kind) for value in cells):
         return None
 
