@@ -57,7 +57,7 @@ BY_HAND = Pair("powersgd", "powersgd")
 BUDGETS = {"budget of all bytes": 1.0, "budget of a half": 1 / 2, "budget of a third": 1 / 3}
 """Shares of the bytes of `MEASURE`."""
 THIRD = "budget of a third"
-DIVIDED = {"third, rounds chosen": 1 / 3, "ninth, rounds chosen": 1 / 9}
+DIVIDED = {"half, rounds chosen": 1 / 2, "third, rounds chosen": 1 / 3}
 """Shares of the same, of runs whose steps are divided into rounds by the choice."""
 A_ROUND = "steps a round"
 LAST = "last adapter"
