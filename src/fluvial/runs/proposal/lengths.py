@@ -2,16 +2,16 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from fluvial.data.examples import IGNORE_INDEX
 from fluvial.data.faults import Faults
 from fluvial.data.records import Record
 from fluvial.data.templates import with_template
 from fluvial.data.tokenise import Tokenizing, refusal
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
+from fluvial.runs.proposal.excerpts import counted
 from fluvial.runs.proposal.models import ModelFacts
 from fluvial.runs.proposal.records import DataFacts
 
@@ -37,6 +37,8 @@ class Lengths:
     """Tokens with loss of each record, also of those held out, sorted."""
     heldout: tuple[int, ...] = ()
     """Tokens of each held-out record with a source of its own, sorted."""
+    is_estimated: bool = field(default=False, kw_only=True)
+    """True where a long record was counted by its first characters."""
 
     @property
     def longest(self) -> int:
@@ -46,8 +48,10 @@ class Lengths:
     @property
     def sample(self) -> str:
         """Return how many records were looked at, in words."""
+        remarks = [f"held out: {len(self.heldout):,}"] if self.heldout else []
+        remarks += ["long ones by their first characters"] if self.is_estimated else []
         looked = f"{len(self.tokens) + len(self.heldout):,} looked at"
-        return f"{looked} (held out: {len(self.heldout):,})" if self.heldout else looked
+        return f"{looked} ({'; '.join(remarks)})" if remarks else looked
 
     @property
     def longest_answer(self) -> int:
@@ -125,19 +129,19 @@ def _lengths(
     heldout: Sequence[DataFacts],
 ) -> Lengths:
     tokenizing = Tokenizing(tokenizer, max_length=10**7)
-    trained = tokenizing(records)
-    if not trained.examples:
-        reason = trained.faults.first[0] if trained.faults.count else "all records are empty"
+    trained, faults = counted(records, tokenizing)
+    if not trained:
+        reason = faults.first[0] if faults.count else "all records are empty"
         raise ConfigError(f"--data {source!r}: no record can be used: {reason}")
 
     # Sites may share a source, in which a record counts once.
     apart = {facts.source: facts.sample() for facts in heldout}
-    measured = tokenizing(record for sample in apart.values() for record in sample)
-    examples = (*trained.examples, *measured.examples)
+    measured, _ = counted([each for sample in apart.values() for each in sample], tokenizing)
     return Lengths(
-        tuple(sorted(len(example.input_ids) for example in trained.examples)),
-        tuple(sorted(sum(label != IGNORE_INDEX for label in each.labels) for each in examples)),
-        tuple(sorted(len(example.input_ids) for example in measured.examples)),
+        tuple(sorted(each.tokens for each in trained)),
+        tuple(sorted(each.learned for each in (*trained, *measured))),
+        tuple(sorted(each.tokens for each in measured)),
+        is_estimated=any(each.is_estimated for each in (*trained, *measured)),
     )
 
 
