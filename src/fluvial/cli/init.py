@@ -66,6 +66,13 @@ def init(
             "be repeated."
         ),
     ] = None,
+    chat_template: Annotated[
+        str | None,
+        typer.Option(
+            help="Chat template of conversations in place of the tokenizer's: chatml, llama3, "
+            "zephyr, gemma, mistral, plain, or a file with a Jinja template."
+        ),
+    ] = None,
     no_input: Annotated[
         bool,
         typer.Option("--yes", "-y", "--no-input", help="Ask nothing; take what the data suggest."),
@@ -81,7 +88,7 @@ def init(
     if site_column is not None and sites is not None:
         raise ConfigError("--sites: without effect beside --site-column; remove one")
 
-    from fluvial.cli.interview import Interview, Options, on_terminal
+    from fluvial.cli.interview import Interview, Options, on_terminal, with_command
     from fluvial.data.faults import DataError
     from fluvial.runs.proposal.limits import method_for
     from fluvial.runs.proposal.proposing import propose
@@ -96,6 +103,7 @@ def init(
         uplink=uplink,
         public=public,
         heldout=heldout or [],
+        chat_template=chat_template,
         asks=not no_input and on_terminal(),
     )
     answers = Interview(options).answers()
@@ -112,9 +120,8 @@ def init(
                 heldout=answers.heldout,
             )
     except DataError as error:
-        raise DataError(
-            [f"{error}\n{file}: not written; mend these records and call `fluvial init` again"]
-        ) from None
+        words = f"{error}\n{file}: not written; mend these records and call `fluvial init` again"
+        raise with_command(DataError([words])) from None
 
     with writing(file, ANOTHER):
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import typer
 
 from fluvial.cli.console import err, repeated_command
 from fluvial.cli.progress import spinner
+from fluvial.data.chat import ANY_ROLE, OTHER_TEMPLATE
 from fluvial.data.faults import DataError, Faults
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_text
@@ -42,6 +43,7 @@ class Options:
     uplink: float | None
     public: str | None
     heldout: Sequence[str]
+    chat_template: str | None
     asks: bool
 
     @property
@@ -74,7 +76,7 @@ class Interview:
         self.given = given
         self.renamed = renamed_columns(given.column, site_names(given.data))
         self._of_all = {} if given.several else of_one_source(self.renamed)
-        self._look = cache(_look_at_model)
+        self._look = cache(partial(_look_at_model, template=given.chat_template))
 
     def answers(self) -> Answers:
         """Return all answers; what was found is shown between the questions."""
@@ -124,7 +126,7 @@ class Interview:
         try:
             faults.raise_any()
         except DataError as error:
-            raise _with_command(error, missing) from None
+            raise with_command(error, missing) from None
 
     def _decide(self, facts: DataFacts) -> None:
         """Raise what the records of one source leave undecided, where nobody can be asked."""
@@ -284,9 +286,9 @@ def on_terminal() -> bool:
     return sys.stdin.isatty() and err.is_terminal
 
 
-def _look_at_model(name: str) -> ModelFacts:
+def _look_at_model(name: str, template: str | None) -> ModelFacts:
     with spinner("looking at the model"):
-        return look_at_model(name)
+        return look_at_model(name, template)
 
 
 def _error_of(look: Callable[[str], object], name: str) -> ConfigError | None:
@@ -319,13 +321,19 @@ def _columns(files: RecordFiles) -> dict[str, str]:
     return {"text": first} if answer == NO_ANSWER else {"prompt": first, "completion": answer}
 
 
-def _with_command(error: DataError, missing: Sequence[str]) -> DataError:
-    """Return the error with the command that was given and the `missing` options, if there are
-    some."""
-    if not missing:
+def with_command(error: DataError, missing: Sequence[str] = ()) -> DataError:
+    """Return the error with the command that was given and the options that may mend it, if there
+    are some: the `missing` ones, and another chat template where one refuses a role."""
+    words = str(error)
+    options = list(missing)
+    if OTHER_TEMPLATE in words:
+        remedy = OTHER_TEMPLATE.replace("set data.chat_template to", "add --chat-template with")
+        words = words.replace(OTHER_TEMPLATE, remedy)
+        options += ["--chat-template", ANY_ROLE]
+    if not options:
         return error
     return DataError(
-        [f"{error}\nThe command with the likeliest answers:\n  {repeated_command(missing)}"]
+        [f"{words}\nThe command with the likeliest answers:\n  {repeated_command(options)}"]
     )
 
 

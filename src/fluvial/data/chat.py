@@ -15,10 +15,10 @@ from fluvial.models.hf import PreTrainedTokenizerBase
 
 _MARK = "content-of-a-turn-"
 """A placeholder for the content of a turn, which a template may compare, cut or leave out."""
-_REMEDY = (
-    "change the record, or set data.chat_template to another template, of which 'chatml' and "
-    "'llama3' write any role"
-)
+ANY_ROLE = "chatml"
+"""Named template that writes any role."""
+OTHER_TEMPLATE = f"set data.chat_template to another template, of which {ANY_ROLE!r} and "
+_REMEDY = f"change the record, or {OTHER_TEMPLATE}'llama3' write any role"
 
 
 def encode_chat(

@@ -164,7 +164,7 @@ def test_conversations_that_no_template_renders_are_told_beside_the_others(
 
     apart = fitted({ALL: read_records("b.jsonl")}, parts[0])
     for heldout, needed in ((apart, ["plain"]), ({}, [])):
-        known = cast(Answers, SimpleNamespace(model=model, heldout=heldout))
+        known = cast(Answers, SimpleNamespace(model=model, template=None, heldout=heldout))
         assert [each.value for each in chat_template(known, parts[0])] == needed
 
 

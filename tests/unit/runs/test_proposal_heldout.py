@@ -104,7 +104,7 @@ def test_held_out_prompts_beside_conversations_are_read_in_one_form(
     same, apart = in_one_form(records, heldout, has_template=has)
     assert same.read_as == apart[ALL].facts.read_as == form
     assert same.is_conversation == (form == "messages")
-    known = cast(Answers, SimpleNamespace(model=model, heldout=apart))
+    known = cast(Answers, SimpleNamespace(model=model, template=None, heldout=apart))
     assert bool(chat_template(known, same)) == (form == "messages" and not has)
     assert in_one_form(records, {}, has_template=has) == (records, {})
 

@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from fluvial.cli import app
 from fluvial.cli.console import print_error
 from fluvial.cli.interview import Interview, Options
 from fluvial.data.rows import Place, Row, columns_of
 from fluvial.errors import ConfigError
+from fluvial.runs.config import load
 from fluvial.runs.proposal.undecided import likely_fields
 
 
@@ -56,7 +59,7 @@ def refused(monkeypatch: pytest.MonkeyPatch, data: list[str], *given: str) -> li
     words = ["q.toml", "--yes", *(word for path in data for word in ("--data", path)), *given]
     monkeypatch.setattr(sys, "argv", ["fluvial", "init", *words])
     columns = [value for option, value in pairwise(given) if option == "--column"]
-    options = Options("embedded", data, columns, None, None, None, None, None, [], asks=False)
+    options = Options("embedded", data, columns, None, None, None, None, None, [], None, asks=False)
     with pytest.raises(ConfigError) as caught:
         Interview(options).answers()
     lead, command = str(caught.value).splitlines()[-2:]
@@ -95,3 +98,62 @@ def test_a_command_in_an_error_is_one_line(capsys: pytest.CaptureFixture[str]) -
     command = "  fluvial init " + "--column a=b " * 30 + "--column c=d"
     print_error("DataError", f"two words\nto copy:\n{command}")
     assert capsys.readouterr().err == f"DataError: two words\nto copy:\n{command}\n"
+
+
+TURNS = {"system": "Be short.", "user": "Who is {}?", "tool": "found", "assistant": "It"}
+
+
+def conversations(name: str, *roles: str) -> str:
+    """Write four conversations with turns of these roles."""
+    given = [
+        {"messages": [{"role": role, "content": TURNS[role].format(n)} for role in roles]}
+        for n in range(4)
+    ]
+    return written(name, *given)
+
+
+def test_a_role_that_the_template_refuses_is_told_with_another_template(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the first call beside other questions, and where it is the only fault."""
+    bern = conversations("bern.jsonl", "user", "tool", "assistant")
+    oslo = conversations("oslo.jsonl", "user", "assistant")
+    rows = [{"My question": f"Is it {n} or less?", "My answer": f"it is {n}"} for n in range(4)]
+    told = refused(monkeypatch, [bern, written("rome.jsonl", *rows)])
+    assert told[-2:] == ["--chat-template", "chatml"]
+    assert told[:2] == ["--column", "rome:prompt=My question"]
+
+    words = ["q.toml", "--yes", "--model", "embedded", "--data", bern, "--data", oslo]
+    monkeypatch.setattr(sys, "argv", ["fluvial", "init", *words])
+    found = CliRunner().invoke(app, ["init", *words]).exception
+    assert "or add --chat-template with another template, of which 'chatml'" in str(found)
+    told = shlex.split(str(found).splitlines()[-1])[1:]
+    assert told == ["init", *words, "--chat-template", "chatml"]
+    assert CliRunner().invoke(app, told).exit_code == 0
+    config = load(Path("q.toml"))
+    assert {own.chat_template for own in config.data.by_site.values()} == {"chatml"}
+
+
+def test_a_template_is_a_file_or_a_known_name_and_is_for_conversations() -> None:
+    folder = Path("below")
+    folder.mkdir()
+    Path("own.jinja").write_text(
+        "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}{{ eos_token }}{% endfor %}"
+    )
+    chats = conversations("chats.jsonl", "system", "user", "tool", "assistant")
+    plain = written("plain.jsonl", *({"prompt": "Who?", "completion": "It"} for _ in range(4)))
+    words = ["init", "below/q.toml", "--yes", "--force", "--model", "embedded", "--sites", "2"]
+    cases = [
+        (chats, "own.jinja", None),
+        (chats, "none.jinja", "--chat-template = 'none.jinja': neither a file"),
+        (plain, "chatml", "--chat-template: without effect, because no records are conversations"),
+    ]
+    for data, template, message in cases:
+        options = ["--data", data, "--chat-template", template]
+        result = CliRunner().invoke(app, [*words, *options])
+        if message is None:
+            assert result.exit_code == 0, result.output
+            assert 'chat_template = "' in (folder / "q.toml").read_text()
+            assert load(folder / "q.toml").data.chat_template == Path("own.jinja").read_text()
+        else:
+            assert message in str(result.exception)

@@ -3,7 +3,10 @@
 import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
+from fluvial.data.templates import inlined_template, with_template
+from fluvial.errors import ConfigError
 from fluvial.models.cpu_types import is_slow
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.loading import meta_base
@@ -32,6 +35,8 @@ class ModelFacts:
     """Values of an adapter of rank 1 on all linear modules, which LoRA adapts by default."""
     narrowest: int
     """Smallest dimension of a linear module, which bounds the rank."""
+    template: str | None
+    """Chat template that is asked for, in the place of the tokenizer's."""
     slow: bool
     """True where this machine has no GPU and its CPU is slow in `dtype`."""
 
@@ -56,21 +61,26 @@ class ModelFacts:
     def words(self) -> str:
         """Return the facts in one line."""
         context = "no limit of context" if self.context is None else f"context {self.context:,}"
-        template = "with" if self.has_template else "without"
+        template = f"{'with' if self.has_template else 'without'} a chat template"
+        if self.template is not None:
+            template = "another chat template asked for"
         return (
             f"{self.architecture}, {self.parameters:,} parameters, {self.layers} layers, "
-            f"{self.dtype}, {context}, {template} a chat template"
+            f"{self.dtype}, {context}, {template}"
         )
 
 
-def look_at_model(name: str) -> ModelFacts:
-    """Return the facts about a model; raises `ConfigError` for what cannot be tuned.
+def look_at_model(name: str, template: str | None = None) -> ModelFacts:
+    """Return the facts about a model, with another chat `template` where one is named; raises
+    `ConfigError` for what cannot be tuned.
 
     That is an encoder, a folder without weights or tokenizer, a hub id that cannot be reached.
     """
     config = toml.read(ModelConfig, {"name_or_path": name}, "--model")
     base: PreTrainedModel = meta_base(config)
     tokenizer = load_tokenizer(config)
+    if template is not None:
+        tokenizer = _with_template(tokenizer, template)
     check_tokenizer(tokenizer, base, name)
     check_weights(config, base)
     target_names(base, LoraSettings(r=1))  # refuses a base that LoRA cannot adapt
@@ -87,8 +97,18 @@ def look_at_model(name: str) -> ModelFacts:
         tokenizer=tokenizer,
         adapted=sum(sum(features(module)) for module in linear.values()),
         narrowest=min((min(features(module)) for module in linear.values()), default=1),
+        template=template,
         slow=is_slow(config),
     )
+
+
+def _with_template(tokenizer: PreTrainedTokenizerBase, chosen: str) -> PreTrainedTokenizerBase:
+    """Return the tokenizer with a chat template that an option names."""
+    try:
+        return with_template(tokenizer, inlined_template(chosen, Path()))
+    except ConfigError as error:
+        words = str(error).replace("data.chat_template", "--chat-template")
+        raise ConfigError(words) from None
 
 
 def _memory_bytes() -> int:

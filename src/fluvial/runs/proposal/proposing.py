@@ -9,7 +9,9 @@ from typing import Any
 
 from fluvial.data.faults import listed
 from fluvial.data.site_names import PLAIN, plain_fault_of
-from fluvial.runs.config import parse
+from fluvial.data.templates import NAMED
+from fluvial.errors import ConfigError
+from fluvial.runs.config import parse, with_chat_template
 from fluvial.runs.plan import plan
 from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.document import document
@@ -56,11 +58,17 @@ def propose(
     Raises `ConfigError` where the facts allow no run, or `check` refuses what follows from them.
     """
     data, heldout = in_one_form(data, heldout or {}, has_template=model.has_template)
+    chats = [each.is_conversation for each in (data, *(own.facts for own in heldout.values()))]
+    if model.template is not None and not any(chats):
+        raise ConfigError(
+            "--chat-template: without effect, because no records are conversations; remove it"
+        )
     lengths = measure_lengths(data, model, [own.facts for own in heldout.values()])
     is_text = data.form == "text"
     answers = Answers(
         model=model,
         model_path=path_from(file, model.name) if model.local else model.name,
+        template=_template_from(file, model.template),
         data=data,
         data_path=_named(file, data.files),
         data_paths={name: _named(file, part.files) for name, part in data.parts.items()}
@@ -84,7 +92,7 @@ def propose(
     ]
     text = document(head, sections(answers))
     table = paths.beside(tomllib.loads(text), file)
-    planned = plan(parse(table, str(file)))
+    planned = plan(with_chat_template(parse(table, str(file))))
     return Proposal(text, _found(answers), planned, answers.assumed)
 
 
@@ -121,6 +129,12 @@ def _only_here(sites: Sites) -> list[str]:
 def _named(file: Path, records: RecordFiles) -> str:
     """Return the name of a source as `file` has it."""
     return path_from(file, records.source) if records.local else records.source
+
+
+def _template_from(file: Path, template: str | None) -> str | None:
+    """Return a chat template as `file` names it: a file of one by its path."""
+    named = template is None or template in NAMED or "{" in template
+    return template if named else path_from(file, str(template))
 
 
 def path_from(file: Path, name: str) -> str:

@@ -48,6 +48,8 @@ class Answers:
     lengths: Lengths
     max_length: int
     limits: frozenset[Limit]
+    template: str | None = None
+    """Chat template that is asked for, as the file has it."""
     uplink_mbps: float | None = None
     public_path: str | None = None
     """Source of public text as the file has it."""
@@ -238,10 +240,12 @@ def _source(answers: Answers, data: DataFacts, path: str, site: str = ALL) -> li
 
 
 def chat_template(answers: Answers, data: DataFacts, site: str = ALL) -> list[Setting]:
-    """Return the chat template of records, or held-out records, that are conversations, where the
-    tokenizer has none."""
+    """Return the chat template of records, or held-out records, that are conversations, where one
+    is asked for or the tokenizer has none."""
     apart = answers.heldout.get(site)
     chats = data.is_conversation or (apart is not None and apart.facts.is_conversation)
+    if chats and answers.template is not None:
+        return [Setting("chat_template", answers.template, "asked for with --chat-template")]
     if not chats or answers.model.has_template:
         return []
     why = "roles as words, since the tokenizer has no chat template"
