@@ -65,6 +65,17 @@ def stored_tensors(folder: Path) -> dict[str, Tensor]:
     return {}
 
 
+def stored_files(folder: Path) -> dict[str, Path]:
+    """Return the file of each tensor that a folder stores; raises `ConfigError` as
+    `stored_tensors` does."""
+    weights = _weights_file(folder)
+    names = stored_tensors(folder)
+    if weights is None or not _is_index(weights):
+        return {} if weights is None else dict.fromkeys(names, weights)
+    places = _places(weights)
+    return {name: folder / places[name] for name in names}
+
+
 def not_finite(folder: Path, dtype: torch.dtype) -> dict[str, str]:
     """Return the stored tensors that hold a value that is not finite in `dtype`, each with the name
     of its file.

@@ -4,7 +4,6 @@ transformers (from version 5 on) ties them only where the stored values are equa
 decide here too.
 """
 
-import json
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from torch import Tensor
 
 from fluvial.errors import ConfigError
 from fluvial.models.hf import PretrainedConfig
-from fluvial.models.stored import stored_tensors
-from fluvial.models.weight_sources import FolderSource, tensor_files
+from fluvial.models.stored import stored_files
+from fluvial.models.weight_sources import FolderSource
 
 
 def stores_another_head(folder: Path, base_config: PretrainedConfig) -> bool:
@@ -48,21 +47,10 @@ def stores_another_head(folder: Path, base_config: PretrainedConfig) -> bool:
 
 def _files(folder: Path) -> dict[str, Path]:
     """Return the file of each stored tensor; none where `check_weights` will refuse the files."""
-    single = folder / "pytorch_model.bin"
-    index = folder / f"{single.name}.index.json"
     try:
-        if any(folder.glob("model.safetensors*")):
-            files = tensor_files(folder)
-        elif single.is_file():
-            files = dict.fromkeys(stored_tensors(folder), single)
-        elif index.is_file():
-            shards = json.loads(index.read_text("utf-8"))["weight_map"]
-            files = {name: folder / shards[name] for name in stored_tensors(folder)}
-        else:
-            return {}
-    except (ConfigError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return stored_files(folder)
+    except (ConfigError, OSError):
         return {}
-    return {name: path for name, path in files.items() if path.is_file()}
 
 
 @lru_cache(maxsize=64)

@@ -5,7 +5,6 @@ that stays open add up in the process's memory (RssFile) to the whole model, whi
 the peak is one weight, without the copy that reading into a buffer makes.
 """
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fluvial.errors import ConfigError
-from fluvial.models.stored import FLOATS, some
+from fluvial.models.stored import FLOATS, some, stored_files
 from fluvial.wire.tensors import Named
 
 _open: Any = safe_open  # its stub has no types
@@ -185,27 +184,15 @@ def _sum(base: Tensor, change: Tensor) -> Tensor:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file of each tensor in a Hugging Face folder.
 
-    Raises `ConfigError` where it has no safetensors.
+    Raises `ConfigError` where it has no safetensors, or damaged ones.
     """
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-
-    if single.is_file():
-        return dict.fromkeys(_names(single), single)
-    if not index.is_file():
+    files = stored_files(folder)
+    if not any(file.suffix == ".safetensors" for file in files.values()):
         raise ConfigError(
-            f"{folder} has neither {single.name} nor {index.name}; save the model with "
-            "save_pretrained of transformers"
+            f"{folder} has neither model.safetensors nor model.safetensors.index.json; save the "
+            "model with save_pretrained of transformers"
         )
-
-    try:
-        shards = dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{index} has no 'weight_map' of tensors and files: {error!r:.200}"
-        ) from error
-
-    return {name: folder / Path(str(file)).name for name, file in shards.items()}
+    return files
 
 
 def mapped_tensors(folder: Path, names: Iterable[str]) -> Named:
