@@ -13,6 +13,7 @@ from fluvial.formatting import safe_text
 from fluvial.storage.files import write_whole, writing
 
 if TYPE_CHECKING:
+    from fluvial.runs.proposal.duration import Duration
     from fluvial.runs.proposal.proposing import Proposal
 
 ANOTHER = "name another file"
@@ -143,9 +144,24 @@ def _report(file: Path, proposal: "Proposal", *, plans: bool) -> None:
     for line in proposal.assumed:
         out.print(f"• assumed: {safe_text(line)}", markup=False)
 
-    program = shlex.join(program_name())
     print_line(f"\nwrote {file}, and checked it. Next:")
+    _print_commands(str(file), proposal.duration, plans=plans)
+
+
+def _print_commands(file: str, duration: "Duration", *, plans: bool) -> None:
+    """Print the next commands, and one for a first look where the run is long."""
+    from fluvial.runs.remaining import rough
+
+    program = shlex.join(program_name())
     before = [["preview", file], ["plan", file]] if plans else [["preview", file]]
+    remarks = {"check": "measures how long the run takes here", "run": duration.words()}
     for words in (*before, ["check", file, "--time"], ["run", file]):
-        how_long = "  # how long the run takes here" if "--time" in words else ""
-        print_line(f"  {program} {shlex.join(map(str, words))}{how_long}")
+        remark = f"  # {remarks[words[0]]}" if words[0] in remarks else ""
+        print_line(f"  {program} {shlex.join(words)}{remark}")
+
+    if duration.overrides:
+        shorter = ["run", file, "--out", str(Path("runs") / f"{Path(file).stem}-first")]
+        for override in duration.overrides:
+            shorter += ["--set", override]
+        print_line(f"For a first look, in about {rough(duration.first_look_s)}:")
+        print_line(f"  {program} {shlex.join(shorter)}")

@@ -24,7 +24,11 @@ LONG = 3 * SHORT
 
 
 def time_steps(
-    config: RunConfig, pool: ModelPool, examples: Sequence[Example], clock: Clock
+    config: RunConfig,
+    pool: ModelPool,
+    examples: Sequence[Example],
+    clock: Clock,
+    enough_s: float = ENOUGH_S,
 ) -> tuple[float, float]:
     """Return the seconds of one optimizer step, and those of a call of `train` beside its steps."""
     state = initial_state(pool.layout, config.seed)
@@ -46,10 +50,10 @@ def time_steps(
 
     call(1)  # the first step allocates and compiles
     one = call(1)
-    if one >= ENOUGH_S:
+    if one >= enough_s:
         return one, 0.0
 
-    further = min(MAX_STEPS, math.ceil(ENOUGH_S / max(one, 1e-9)))
+    further = min(MAX_STEPS, math.ceil(enough_s / max(one, 1e-9)))
     step_s = max((call(1 + further) - one) / further, 0.0)
     return step_s, max(one - step_s, 0.0)
 

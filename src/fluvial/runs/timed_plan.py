@@ -43,7 +43,7 @@ def timed(
     set_up_s = ahead_of_rounds.seconds(
         step_s=found.step_s, call_s=found.call_s, coding_s=coding.coding_s if coding else 0.0
     )
-    here_s = started_s + found.load_s + set_up_s + _here_s(config, found, planned["sites"])
+    here_s = started_s + found.load_s + set_up_s + runs_s(config, found, planned["sites"])
     unknown = left_out(config, Outline(config.model, config.adapter).assignment.layout)
     rows = [
         *_measured_rows(found, set_up_s),
@@ -164,7 +164,7 @@ def _apart(
     )
 
 
-def _here_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str, Any]]) -> float:
+def runs_s(config: RunConfig, found: MeasuredTimes, sites: Sequence[Mapping[str, Any]]) -> float:
     """Return the seconds of a run in this process, where nothing crosses a line, with the
     baselines before it; `sites` are those of `plan.plan`."""
     train = [site["train"] for site in sites]

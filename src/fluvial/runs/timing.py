@@ -18,7 +18,7 @@ from fluvial.runs.budget.preview import shown
 from fluvial.runs.config import RunConfig
 from fluvial.runs.opening import settled, texts_of
 from fluvial.runs.set_up_time import SetUp, pre_training, set_up
-from fluvial.runs.step_time import Clock, time_answers, time_steps
+from fluvial.runs.step_time import ENOUGH_S, Clock, time_answers, time_steps
 from fluvial.training.evaluate import heldout
 
 HELDOUT_SEQUENCES = 16
@@ -107,12 +107,13 @@ class Predicted:
 
 
 def measure(
-    config: RunConfig, clock: Clock = time.perf_counter
+    config: RunConfig, clock: Clock = time.perf_counter, *, enough_s: float = ENOUGH_S
 ) -> tuple[MeasuredTimes, Work, SetUp]:
     """Load the model, train some steps on records of the largest site, measure some held-out text
     and write some answers. Return the times, the work of a round, and that of the set-up.
 
-    Nothing is written. Raises `ConfigError` for what cannot be loaded.
+    Steps are timed until they take about `enough_s`. Nothing is written. Raises `ConfigError` for
+    what cannot be loaded.
     """
     torch.set_num_threads(config.fleet.threads)
     started = clock()
@@ -129,7 +130,7 @@ def measure(
     data = sites[largest]
     loaded = clock()
 
-    step_s, call_s = time_steps(config, pool, data.train, clock)
+    step_s, call_s = time_steps(config, pool, data.train, clock, enough_s)
     some = data.heldout[:HELDOUT_SEQUENCES]
 
     with pool.model(initial_state(pool.layout, config.seed)) as model:

@@ -21,7 +21,7 @@ from fluvial.errors import ConfigError, MissingWeightsError
 from fluvial.models import cpu_types
 from fluvial.runs.config import RunConfig, load, parse
 from fluvial.runs.plan import plan, preview
-from fluvial.runs.proposal import aims, models
+from fluvial.runs.proposal import aims, duration, models
 from fluvial.runs.proposal.columns import form_of, guessed_columns, owner_columns
 from fluvial.runs.proposal.document import Section, Setting, document
 from fluvial.runs.proposal.lengths import Lengths, proposed_length
@@ -59,8 +59,10 @@ def written(rows: list[dict[str, Any]], name: str = "records.jsonl") -> str:
 
 
 def run_init(*options: str, typed: str = "") -> Result:
-    """Call `fluvial init`, and raise what it raises."""
-    result = CliRunner().invoke(app, ["init", "q.toml", *options], input=typed)
+    """Call `fluvial init`, and raise what it raises; no step is timed, which takes long here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(duration, "SMALL", 0)
+        result = CliRunner().invoke(app, ["init", "q.toml", *options], input=typed)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     assert result.exit_code == 0, result.output

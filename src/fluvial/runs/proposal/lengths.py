@@ -58,6 +58,11 @@ class Lengths:
         """Return the tokens with loss of the record that has most of them."""
         return self.answers[-1]
 
+    @property
+    def mean(self) -> float:
+        """Return the mean length of the records to train on."""
+        return sum(self.tokens) / len(self.tokens)
+
     def quantile(self, share: float) -> int:
         """Return the length that this share of the records to train on does not exceed."""
         return _quantile(self.tokens, share)

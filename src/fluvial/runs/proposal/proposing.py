@@ -15,6 +15,7 @@ from fluvial.runs.config import parse, with_chat_template
 from fluvial.runs.plan import plan
 from fluvial.runs.proposal.columns import as_options
 from fluvial.runs.proposal.document import document
+from fluvial.runs.proposal.duration import Duration, duration_of
 from fluvial.runs.proposal.heldout import Heldout
 from fluvial.runs.proposal.lengths import measure_lengths, proposed_length
 from fluvial.runs.proposal.limits import LIMITS, Limit
@@ -36,6 +37,8 @@ class Proposal:
     """Lines about model, records and sites."""
     planned: dict[str, Any]
     """Result of `runs.plan.plan`."""
+    duration: Duration
+    """Time of the run on this machine."""
     assumed: tuple[str, ...] = ()
     """Lines about what was assumed for lack of an answer, with the remedies."""
 
@@ -92,8 +95,10 @@ def propose(
     ]
     text = document(head, sections(answers))
     table = paths.beside(tomllib.loads(text), file)
-    planned = plan(with_chat_template(parse(table, str(file))))
-    return Proposal(text, _found(answers), planned, answers.assumed)
+    config = with_chat_template(parse(table, str(file)))
+    planned = plan(config)
+    duration = duration_of(config, planned["sites"], model, lengths)
+    return Proposal(text, _found(answers), planned, duration, answers.assumed)
 
 
 def _found(answers: Answers) -> tuple[str, ...]:
