@@ -83,9 +83,8 @@ def _rows(choice: JsonObject) -> list[list[str]]:
     """Return a row for each trial, those that went on longest first, by loss."""
 
     def order(trial: JsonObject) -> tuple[float, float]:
-        return -trial["rounds"] / trial["of_rounds"], float("inf") if trial[
-            "loss"
-        ] is None else trial["loss"]
+        loss = float("inf") if trial["loss"] is None else trial["loss"]
+        return -trial["rounds"] / trial["of_rounds"], loss
 
     return [
         [
