@@ -309,7 +309,8 @@ def budget_both() -> str:
             "seed, bytes of one site in both directions until the loss of the uncompressed run "
             f"after {settings['target']} rounds, or of the whole run where that is not reached. "
             "The budgets are all, a half and a third of the bytes of rank 8 on q, k, v and o with "
-            "powersgd at 1/64 both ways; adapters by hand have the third. A budget's run measures "
+            "powersgd at 1/64 both ways; adapters by hand have the third. Where the rounds are "
+            "chosen, a site takes as many steps in all. A budget's run measures "
             "the moving average of its adapter (`method.ema_decay = 0.5`), but in the rows of the "
             "last adapter.",
             table([headings, *rows]),
@@ -321,6 +322,7 @@ def budget_both() -> str:
 def _chosen(choice: dict[str, Any]) -> str:
     """Return a choice within a budget in a few words."""
     steps = f", {choice['max_steps']} steps" if "max_steps" in choice else ""
+    steps += f" in {choice['rounds']} rounds" if "rounds" in choice else ""
     ways = {name: choice[name] or {"name": "exact"} for name in ("codec", "downlink")}
     up, down = (
         f"{each['name']} 1/{each['rate']:.3g}" if "rate" in each else each["name"]

@@ -30,6 +30,7 @@ from fluvial.site_process.site_file import Allowed, SiteFile
 from tests.conftest import saved_model
 from tests.contract.test_methods import SETTINGS
 from tests.flower.test_flower import NAMES, FakeGrid
+from tests.support.budget import budget_table
 from tests.support.flower_lab import FLUVIAL, Deployment, deployment, toml
 from tests.support.models import four_layers
 from tests.support.runs import run_table, small_table
@@ -90,37 +91,55 @@ def test_every_method_interrupted_at_every_event_equals_in_process(
 ) -> None:
     """Sites know their folders and the bytes of messages, and the server its checkpoint; nothing
     else."""
-    for identity in ("_run_id", "_node_id", "_task_id"):
-        monkeypatch.setattr(TaskIdentity, identity, 1)
     name, tune = case.split()
     table = run_config | {"method": {"name": name}, "tune": tune} | SETTINGS.get(name, {})
     table = table if tune == "lora" else without_lora(table)
     own = run_table(table, tmp_path / "own")
+    same(interrupted(table, sorted(own["heldout_by_site"]), tmp_path, monkeypatch), own)
+
+
+def test_a_budget_that_chooses_the_rounds_equals_in_process(
+    run_config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server chooses before the sites build their adapters, and tells them the rounds."""
+    table = budget_table(run_config, tmp_path)
+    table["train"] = {name: table["train"][name] for name in table["train"] if name != "max_steps"}
+    table["budget"] = table["budget"] | {"total_steps": 6, "max_steps": [1, 2, 3]}
+    table["evaluate"] = {"sample_tokens": 2, "sample_prompt": "the river"}
+    del table["rounds"]
+    own = run_table(table, tmp_path / "own")
+    found = interrupted(table, sorted(own["heldout_by_site"]), tmp_path, monkeypatch)
+    same(found, own)
+    assert found["setup"] == own["setup"]
+
+
+def interrupted(
+    table: dict[str, Any], sites: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Mapping[str, Any]:
+    """Return the result of a run over sites that is thrown away and resumed at each event."""
+    for identity in ("_run_id", "_node_id", "_task_id"):
+        monkeypatch.setattr(TaskIdentity, identity, 1)
 
     def answer(site: str, header: Header, wire: bytes) -> RecordDict:
         allow = Allowed(run_paths=("*",))
-        own = SiteFile(name=site, folder=tmp_path / "sites" / site, device="cpu", allow=allow)
+        own = SiteFile(name=site, folder=folder / "sites" / site, device="cpu", allow=allow)
         found = SiteProcess(own).answer(header, wire)
         return pack(found.data, {"error": "", "kept": found.kept})
 
-    grid = FakeGrid(answer, {}, dict(enumerate(sorted(own["heldout_by_site"]), 1)), whole=True)
+    grid = FakeGrid(answer, {}, dict(enumerate(sites, 1)), whole=True)
 
     def assemble(each: Any, _: object, pool: ModelPool, texts: Any) -> Fleet:
         names = (POOLED,) if each.entry.traits.pooled else texts.names
         return flower_fleet(
-            cast(Grid, grid), each, name, names, pool, join_timeout_s=30, poll_s=0.001
+            cast(Grid, grid), each, "over", names, pool, join_timeout_s=30, poll_s=0.001
         )
 
     config = parse(table, "test")
-    for event_number in range(config.rounds + 2):
-        folder = tmp_path / "over"
-        again = event_number > 0
-        event = next(
-            execute(config, folder, resume=again, assemble=assemble)
-        )  # then everything is thrown away
-
-    assert event.kind == "result"
-    same(event.values, own)
+    run = folder / "over"
+    event = next(execute(config, run, assemble=assemble))  # then everything is thrown away
+    while event.kind != "result":
+        event = next(execute(config, run, resume=True, assemble=assemble))
+    return event.values
 
 
 def without_lora(table: dict[str, Any]) -> dict[str, Any]:
