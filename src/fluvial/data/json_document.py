@@ -30,6 +30,21 @@ Items = list[tuple[int, Any]]
 """Line and value of each element of a list."""
 
 
+def json_list(text: str) -> list[Any] | None:
+    """Return the list that a text is as JSON, None for a text that does not begin as a list.
+
+    Raises `ValueError` with words about the place for one that is no JSON from there on.
+    """
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        return list(DECODER.decode(text))
+    except JSONDecodeError as error:
+        raise ValueError(f"is no JSON ({error.msg} at character {error.pos + 1})") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply for a record") from None
+
+
 def document(text: str) -> Iterator[tuple[str, Items | None]]:
     """Yield each field of the object that `text` holds, with its items if it is a list.
 

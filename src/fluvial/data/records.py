@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from fluvial.data.faults import shown
 from fluvial.data.forms import Form
+from fluvial.data.json_document import json_list
 from fluvial.data.rows import Number, described, typed
 from fluvial.errors import ConfigError
 from fluvial.formatting import is_blank
@@ -230,7 +231,7 @@ class RecordReader:
                 f"{place}: {self._name(field)} is missing; form {self.form!r} needs it"
             )
 
-        turns = fields[self._column(field)]
+        turns = _listed(place, self._name(field), fields[self._column(field)])
         if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
             held = "an empty list" if isinstance(turns, list) else described(turns)
             raise ConfigError(
@@ -343,6 +344,21 @@ class RecordReader:
         return (
             f"field {field!r}" if column == field else f"field {field!r} (column {shown(column)})"
         )
+
+
+def _listed(place: object, name: str, value: Any) -> Any:
+    """Return the list that a text is as JSON, as a column of CSV holds it; any other value as it
+    is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        turns = json_list(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{place}: {name}: the text of the conversation {error}; write the list of turns as "
+            "JSON, as Python's json.dumps does and its str does not"
+        ) from None
+    return value if turns is None else turns
 
 
 def _weight(place: str, role: str, value: Any) -> bool:

@@ -242,6 +242,12 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
             {"messages": "hi"},
             "record 0: .*: the conversation must be a list of turns, and is text",
         ),
+        (
+            "messages",
+            {"messages": "[{'role': 'user'}]"},
+            r"record 0: .*: the text of the conversation is no JSON \(.* at character 3\); write",
+        ),
+        ("messages", {"messages": "[]"}, "must be a list of turns, and is an empty list"),
         ("messages", {"messages": []}, "must be a list of turns, and is an empty list"),
         (
             "messages",

@@ -13,7 +13,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.hf import PreTrainedTokenizerBase
 from fluvial.runs.proposal.excerpts import counted
 from fluvial.runs.proposal.models import ModelFacts
-from fluvial.runs.proposal.records import DataFacts
+from fluvial.runs.proposal.records import DataFacts, SeparateFacts
 
 PLAIN = "plain"
 """Chat template for a tokenizer without one."""
@@ -83,10 +83,16 @@ def measure_lengths(
     facts: DataFacts, model: ModelFacts, heldout: Sequence[DataFacts] = ()
 ) -> Lengths:
     """Return the lengths of a sample of the records, and of those held out, by the model's
-    tokenizer; raises `ConfigError` where none of them can be rendered."""
+    tokenizer; raises `ConfigError` where none of them can be read or rendered."""
     chats = any(each.is_conversation for each in (facts, *heldout))
     tokenizer = _tokenizer(model, is_conversation=chats)
-    return _lengths(facts.sample(), facts.source, tokenizer, heldout)
+    records = facts.sample()
+    if not records:
+        faults = Faults()
+        for part in facts.parts.values() if isinstance(facts, SeparateFacts) else [facts]:
+            part.include_faults(faults)
+        faults.raise_any()
+    return _lengths(records, facts.source, tokenizer, heldout)
 
 
 def include_unfit(
