@@ -23,7 +23,7 @@ from fluvial.runs.proposal.models import ModelFacts, look_at_model
 from fluvial.runs.proposal.records import DataFacts, RecordFiles, facts_about, read_records
 from fluvial.runs.proposal.separate import named_sources, separate, site_names
 from fluvial.runs.proposal.sites import Sites, answer_pairs, sites_by_source
-from fluvial.runs.proposal.undecided import UndecidedError, likely_fields, unknown_answer
+from fluvial.runs.proposal.undecided import TURNS, UndecidedError, likely_fields, unknown_answer
 
 T = TypeVar("T")
 NO_ANSWER = "none"
@@ -314,6 +314,12 @@ def _columns(files: RecordFiles) -> dict[str, str]:
     columns = safe_text(names_shown(files.names))
     err.print(f"  columns of {safe_text(files.source)}: {columns}", markup=False)
     likely = likely_fields(files.names, files.rows)
+    for field in likely.keys() & TURNS.keys():
+        question = f"Column with the conversation; {NO_ANSWER}: question and answer, or a text"
+        column = typer.prompt(question, likely[field], err=True)
+        if column != NO_ANSWER:
+            return {field: column}
+
     proposed = likely.get("prompt", likely.get("text"))
     first = typer.prompt("Column with the question, or with a text alone", proposed, err=True)
     question = "Column with the answer; none: text alone"

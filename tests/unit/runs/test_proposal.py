@@ -519,6 +519,19 @@ def test_columns_that_fit_no_form_are_asked_for(
     assert load(Path("q.toml")).data.columns == {"prompt": "a1", "completion": "a2"}
 
 
+def test_a_column_with_a_conversation_is_asked_for(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interview, "on_terminal", lambda: True)
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
+    rows = [{"site": "ab"[n % 2], "topic": f"talk {n}", "chosen": turns} for n in range(40)]
+    options = ("--model", str(tiny_model), "--data", written(rows), "--limit", "none")
+    run_init(*options, typed="\n\n")
+    assert load(Path("q.toml")).data.columns == {"messages": "chosen"}
+    run_init(*options, "--force", typed="none\ntopic\nnone\n\n")
+    assert load(Path("q.toml")).data.columns == {"text": "topic"}
+
+
 def notes() -> list[dict[str, str]]:
     """Notes of two hospitals with a code beside each, which is a likely answer."""
     return [

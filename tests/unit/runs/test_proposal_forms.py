@@ -11,6 +11,7 @@ from fluvial.data.faults import DataError
 from fluvial.runs.proposal.lengths import measure_lengths
 from fluvial.runs.proposal.models import ModelFacts, look_at_model
 from fluvial.runs.proposal.records import facts_about, read_records
+from fluvial.runs.proposal.undecided import UndecidedError
 
 TURNS = [{"from": "human", "value": "Which ward?"}, {"from": "gpt", "value": "Lungs"}]
 
@@ -45,3 +46,22 @@ def test_records_none_of_which_can_be_read_are_named(embedded: ModelFacts) -> No
     facts = facts_about(read_records(spreadsheet([TURNS] * 3)), {})
     with pytest.raises(DataError, match=r"list of turns as JSON, .*talks.csv, lines 2, 3, 4"):
         measure_lengths(facts, embedded)
+
+
+@pytest.mark.parametrize(
+    ("turns", "field"),
+    [
+        (TURNS, "conversations"),
+        (json.dumps(TURNS), "conversations"),
+        ([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "messages"),
+    ],
+)
+def test_a_column_of_turns_is_proposed_whatever_its_name(turns: object, field: str) -> None:
+    """Of the two answers of a preference, the one that was chosen."""
+    row = {"rejected": turns, "chosen": turns, "score": 0.5}
+    Path("a.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    with pytest.raises(UndecidedError) as raised:
+        facts_about(read_records("a.jsonl"), {}, site="oslo")
+    assert raised.value.columns == {field: "chosen"}
+    assert f"Perhaps a conversation: --column oslo:{field}=chosen; or" in str(raised.value)
+    assert facts_about(read_records("a.jsonl"), raised.value.columns).is_conversation

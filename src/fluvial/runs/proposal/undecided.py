@@ -1,11 +1,12 @@
 """Questions that records leave open, and the options of `fluvial init` that would answer them."""
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from statistics import fmean
 
 from fluvial.data.faults import Faults
+from fluvial.data.json_document import json_list
 from fluvial.data.rows import Row
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import (
@@ -23,6 +24,8 @@ from fluvial.runs.proposal.columns import (
 
 LOOKED_AT = 1000
 """Records from which columns are guessed."""
+TURNS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
+"""Fields of each turn of a conversation, by our field for the list of turns."""
 
 
 class UndecidedError(ConfigError):
@@ -51,14 +54,17 @@ def noting(faults: Faults, undecided: dict[str, UndecidedError], site: str = "")
 
 
 def likely_fields(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Return the columns that are likeliest question and answer, or a text alone; nothing where no
-    column has words.
+    """Return the columns that are likeliest a conversation, question and answer, or a text alone;
+    nothing where no column has words.
 
     Of several columns with words, the two longest are meant, the question before the answer; one
     whose name is usual for something else only where it is the longest. The answer to the only one
     is a label.
     """
     some = rows[:LOOKED_AT]
+    if conversation := _conversation(columns, some):
+        return conversation
+
     values = {name: _filled(some, name) for name in columns}
     wordy = [name for name in columns if _has_words(values[name])]
     wordy = [name for name in wordy if not numbers_records(some, name)]
@@ -88,6 +94,9 @@ def unknown_columns(
     ways = [f"question and answer: {pair}", f"a text alone: --column {text}"]
     if "text" in likely:
         ways.reverse()
+    for field in likely.keys() & TURNS.keys():
+        told = shlex.quote(renaming(field, likely[field], site))
+        ways.insert(0, f"a conversation: --column {told}")
     return UndecidedError(
         f"--data {source!r}: which of the columns {names_shown(columns)} are question and answer, "
         f"or which one is the text? {'Perhaps' if likely else 'Name'} {'; or '.join(ways)}",
@@ -123,6 +132,31 @@ def missing_options(undecided: Mapping[str, UndecidedError], num_sources: int) -
         for word in ("--column", renaming(field, column, site))
     ]
     return [*words, *(word for error in undecided.values() for word in error.options)]
+
+
+def _conversation(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Return the column whose every cell is a list of turns, {} without one; of the answers of a
+    preference, not the rejected one."""
+    for field, keys in TURNS.items():
+        found = [name for name in columns if rows and all(_has_turns(r, name, keys) for r in rows)]
+        found.sort(key=lambda name: has_word_of(name, ("rejected",)))
+        if found:
+            return {field: found[0]}
+    return {}
+
+
+def _has_turns(row: Row, column: str, keys: Set[str]) -> bool:
+    """Return whether a cell is a list of objects with these keys, or such a list as JSON."""
+    cell = row.cells.get(column)
+    try:
+        turns = json_list(cell) if isinstance(cell, str) else cell
+    except ValueError:
+        return False
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, Mapping) and keys <= turn.keys() for turn in turns)
+    )
 
 
 def _filled(rows: Sequence[Row], column: str) -> list[str]:
