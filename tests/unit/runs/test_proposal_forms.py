@@ -12,6 +12,7 @@ from fluvial.runs.proposal.lengths import measure_lengths
 from fluvial.runs.proposal.models import ModelFacts, look_at_model
 from fluvial.runs.proposal.records import facts_about, read_records
 from fluvial.runs.proposal.undecided import UndecidedError
+from tests.unit.runs.test_proposal import proposed, written
 
 TURNS = [{"from": "human", "value": "Which ward?"}, {"from": "gpt", "value": "Lungs"}]
 
@@ -46,6 +47,18 @@ def test_records_none_of_which_can_be_read_are_named(embedded: ModelFacts) -> No
     facts = facts_about(read_records(spreadsheet([TURNS] * 3)), {})
     with pytest.raises(DataError, match=r"list of turns as JSON, .*talks.csv, lines 2, 3, 4"):
         measure_lengths(facts, embedded)
+
+
+def test_the_keys_of_turns_tell_the_form_and_not_the_name_of_the_column(tiny_model: Path) -> None:
+    """The file that is written passes check."""
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    rows = [{"site": site, "conversations": turns} for site in "ab" for _ in range(4)]
+    config = proposed("--model", str(tiny_model), "--data", written(rows))
+    assert config.data.columns == {"messages": "conversations"}
+
+    Path("b.jsonl").write_text(json.dumps({"messages": TURNS}))
+    facts = facts_about(read_records("b.jsonl"), {})
+    assert (facts.form, facts.columns) == ("sharegpt", {"conversations": "messages"})
 
 
 @pytest.mark.parametrize(

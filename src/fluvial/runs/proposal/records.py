@@ -14,7 +14,7 @@ from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.columns import form_of, guessed_columns
 from fluvial.runs.proposal.file_reading import usual_reading
-from fluvial.runs.proposal.undecided import unknown_columns
+from fluvial.runs.proposal.undecided import TURNS, has_turns, unknown_columns
 from fluvial.storage import toml
 from fluvial.storage.files import expanded
 from fluvial.storage.paths import BUNDLED
@@ -203,4 +203,19 @@ def _guessed(files: RecordFiles, site: str) -> tuple[Form, dict[str, str]]:
     guessed = guessed_columns(files.names, files.rows)
     if guessed is None:
         raise unknown_columns(files.source, files.names, files.rows, site)
-    return guessed
+    form, renamed = guessed
+    return _by_turns(files, form, renamed) if form in CONVERSATIONS else guessed
+
+
+def _by_turns(
+    files: RecordFiles, form: Form, renamed: dict[str, str]
+) -> tuple[Form, dict[str, str]]:
+    """Return the form of conversations that the keys of their turns tell, whatever the name of the
+    column suggests."""
+    (field,) = REQUIRED_FIELDS[form]
+    column = renamed.get(field, field)
+    other: Form = "sharegpt" if form == "messages" else "messages"
+    (own,) = REQUIRED_FIELDS[other]
+    if all(has_turns(row, column, TURNS[own]) for row in files.rows):
+        return other, {own: column}
+    return form, renamed

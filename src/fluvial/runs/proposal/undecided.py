@@ -134,18 +134,7 @@ def missing_options(undecided: Mapping[str, UndecidedError], num_sources: int) -
     return [*words, *(word for error in undecided.values() for word in error.options)]
 
 
-def _conversation(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
-    """Return the column whose every cell is a list of turns, {} without one; of the answers of a
-    preference, not the rejected one."""
-    for field, keys in TURNS.items():
-        found = [name for name in columns if rows and all(_has_turns(r, name, keys) for r in rows)]
-        found.sort(key=lambda name: has_word_of(name, ("rejected",)))
-        if found:
-            return {field: found[0]}
-    return {}
-
-
-def _has_turns(row: Row, column: str, keys: Set[str]) -> bool:
+def has_turns(row: Row, column: str, keys: Set[str]) -> bool:
     """Return whether a cell is a list of objects with these keys, or such a list as JSON."""
     cell = row.cells.get(column)
     try:
@@ -157,6 +146,17 @@ def _has_turns(row: Row, column: str, keys: Set[str]) -> bool:
         and bool(turns)
         and all(isinstance(turn, Mapping) and keys <= turn.keys() for turn in turns)
     )
+
+
+def _conversation(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """Return the column whose every cell is a list of turns, {} without one; of the answers of a
+    preference, not the rejected one."""
+    for field, keys in TURNS.items():
+        found = [name for name in columns if rows and all(has_turns(r, name, keys) for r in rows)]
+        found.sort(key=lambda name: has_word_of(name, ("rejected",)))
+        if found:
+            return {field: found[0]}
+    return {}
 
 
 def _filled(rows: Sequence[Row], column: str) -> list[str]:
