@@ -2,10 +2,12 @@
 
 import os
 import re
+import shlex
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 
-from fluvial.data.faults import shown
+from fluvial.data.faults import listed, shown
 from fluvial.data.readers import READERS
 from fluvial.errors import ConfigError
 from fluvial.storage.files import is_endless
@@ -23,6 +25,8 @@ COMPANIONS = {
     *(".dvc", ".license", ".lock"),
 }
 """Suffixes that other programs put after the whole name of a file that theirs is about."""
+MOST_NAMED = 5
+"""Folders that the command of a message names."""
 LONGER = re.compile(f"({'|'.join(map(re.escape, READERS))})(?![a-z0-9])")
 """A known suffix, at the end of a name or within it."""
 
@@ -45,7 +49,7 @@ def files_within(folder: Path, where: str) -> list[Path]:
 
     files = [file for file in within if file.is_file() and file.suffix.lower() in READERS]
     if not files:
-        raise ConfigError(f"{where} holds no {KNOWN} file")
+        raise ConfigError(f"{where} holds no {KNOWN} file{_below(within)}")
 
     kinds = {file.suffix.lower() for file in files}
     for inner in filter(Path.is_dir, within):
@@ -57,6 +61,21 @@ def files_within(folder: Path, where: str) -> list[Path]:
             )
 
     return files
+
+
+def _below(within: Sequence[Path]) -> str:
+    """Return the folders of a folder that have files of records, with the remedy; "" for none."""
+    inner = [path for path in within if path.is_dir() and _first_of(READERS.keys(), path)]
+    if not inner:
+        return ""
+    names = listed([path.name for path in inner])
+    each = " ".join(shlex.join(["--data", str(path)]) for path in inner[:MOST_NAMED])
+    more = " ..." if len(inner) > MOST_NAMED else ""
+    do = "does" if len(inner) == 1 else "do"
+    return (
+        f" itself, but {names} within it {do}; name such a folder, or each "
+        f"as a site: fluvial init {each}{more}"
+    )
 
 
 def _unread(file: Path) -> str | None:

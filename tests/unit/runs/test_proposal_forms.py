@@ -78,3 +78,16 @@ def test_a_column_of_turns_is_proposed_whatever_its_name(turns: object, field: s
     assert raised.value.columns == {field: "chosen"}
     assert f"Perhaps a conversation: --column oslo:{field}=chosen; or" in str(raised.value)
     assert facts_about(read_records("a.jsonl"), raised.value.columns).is_conversation
+
+
+def test_a_folder_of_folders_is_refused_with_a_command_that_names_each() -> None:
+    for site in ("north", "south", "west wing"):
+        (Path("notes") / site).mkdir(parents=True)
+        (Path("notes") / site / "a.txt").write_text("A patient came in.\nA patient left.")
+    Path("notes/empty").mkdir()
+    words = (
+        "file itself, but 'north', 'south', 'west wing' within it do; name such a folder, or each "
+        "as a site: fluvial init --data notes/north --data notes/south --data 'notes/west wing'"
+    )
+    with pytest.raises(DataError, match=words):
+        read_records("notes")
