@@ -653,6 +653,11 @@ def test_models_that_cannot_be_tuned_are_named(tiny_model: Path) -> None:
             {"input": "context", "output": "response"},
         ),
         (["document", "summary", "id"], "prompt_completion", None),
+        (
+            ["site", "source_text", "target_text"],
+            "prompt_completion",
+            {"prompt": "source_text", "completion": "target_text"},
+        ),
         (["conversation"], "sharegpt", {"conversations": "conversation"}),
     ],
 )
@@ -673,6 +678,12 @@ def test_an_owner_is_named_in_each_record() -> None:
     rows[0] |= {"ward": "1"}
     facts = facts_about(read_records(written(rows)), {})
     assert owner_columns(facts.rows, facts.other_columns) == ["site"]
+
+
+def test_an_owner_may_have_the_name_of_another_language() -> None:
+    rows = [{"text": "x", "Klinik": "ab"[n % 2], "Monat": "cd"[n % 2]} for n in range(6)]
+    facts = facts_about(read_records(written(rows)), {})
+    assert owner_columns(facts.rows, facts.other_columns) == ["Klinik"]
 
 
 def test_text_of_the_machine_is_a_recipe() -> None:

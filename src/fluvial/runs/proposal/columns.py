@@ -28,12 +28,15 @@ LIKE: dict[str, tuple[str, ...]] = {
     "prompt": (
         *("prompt", "question", "query", "request", "source", "document", "article", "input"),
         *("problem", "frage", "eingabe", "pregunta", "domanda"),
+        *("sourcetext", "inputtext", "questiontext"),
     ),
     "completion": (
         *("completion", "answer", "response", "reply", "target", "output", "summary", "label"),
         *(
             "answertext",
             "answervalue",
+            "targettext",
+            "outputtext",
             "solution",
             "antwort",
             "ausgabe",
@@ -55,6 +58,8 @@ OWNERS = (
     *("site", "hospital", "clinic", "client", "owner", "bank", "branch", "institution", "center"),
     *("centre", "organisation", "organization", "company", "factory", "plant", "department"),
     *("party", "silo", "location", "region", "school", "university", "practice"),
+    *("krankenhaus", "klinik", "standort", "filiale", "werk", "hopital", "hôpital", "clinique"),
+    *("sucursal", "clinica", "clínica", "ospedale", "filial", "sede"),
 )
 """Usual names of the column with the owner of a record."""
 MOST_SITES = 200
