@@ -90,11 +90,12 @@ def test_a_small_model_is_timed_and_a_large_one_is_not(
     assert estimated.words().endswith(" here, by the size of the model")
 
 
-def test_an_estimate_follows_parameters_tokens_and_steps(
-    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("layer_s", [0.0, 0.01])
+def test_an_estimate_follows_parameters_tokens_layers_and_steps(
+    layer_s: float, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duration, "SMALL", 0)
-    monkeypatch.setattr(duration, "LAYER_S", 0.0)
+    monkeypatch.setattr(duration, "LAYER_S", {"cpu": layer_s, "cuda": layer_s})
     monkeypatch.setattr(duration, "_operations_a_second", lambda _: 2e6)
     monkeypatch.setattr(duration, "EFFICIENCY", 1.0)
     model = look_at_model(str(tiny_model))
@@ -103,7 +104,9 @@ def test_an_estimate_follows_parameters_tokens_and_steps(
     sequence_s = 2 * model.parameters * 40 / 2e6
     steps = 40 * 2 * 4  # rounds, sites, steps of a site in a round
     sequences = steps * config.train.logical_batch
-    assert found.run_s == pytest.approx(sequence_s * (2 * sequences + 2 * 20), rel=0.01)
+    layers_s = model.layers * layer_s * (2 * steps + 2 * 20)
+    trained_s = sequence_s * (2 * sequences + 2 * 20)
+    assert found.run_s == pytest.approx(trained_s + layers_s, rel=1e-3)
     assert found.run_s > duration.LONG_S >= found.first_look_s
     assert found.overrides[0].startswith("rounds=")
 

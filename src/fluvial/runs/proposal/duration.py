@@ -43,8 +43,9 @@ MOST_TOKENS = 2_000_000
 """Tokens of all records that are read once more to time a step."""
 EFFICIENCY = 0.5
 """Share of a product's speed that a training step reaches, about."""
-LAYER_S = 5e-4
-"""Seconds of a pass through a layer beside its products of matrices, about."""
+LAYER_S = {"cpu": 5e-3, "cuda": 5e-4}
+"""Seconds of a pass through a layer beside its products of matrices, about, by the kind of
+device."""
 _PRODUCT = {"cpu": 512, "cuda": 8192}
 """Rows and columns of the product that is timed, by the kind of device."""
 
@@ -160,7 +161,7 @@ def _estimated(config: RunConfig, model: ModelFacts, lengths: Lengths) -> Measur
     train = config.train
     tokens = min(lengths.quantile(0.9), config.data.max_length)  # a batch is padded
     sequence_s = 2 * model.parameters * tokens / rate
-    layers_s = model.layers * LAYER_S
+    layers_s = model.layers * LAYER_S[resolve_device(config.model.device).type]
     passes = 3 if train.gradient_checkpointing else 2
     written = config.evaluate.max_new_tokens or 0
     answer_s = (1 + written / tokens) * sequence_s + (1 + written) * layers_s / AT_ONCE
