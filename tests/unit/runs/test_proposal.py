@@ -470,7 +470,9 @@ def test_a_guess_looks_into_objects_where_the_columns_fit_no_form() -> None:
         return "prompt_completion", names
 
     squad = {"question": "Why?", "context": "c", "answers": {"text": ["a", "b"], "start": [1, 2]}}
-    assert guess(squad) == answers("question", "answers.text")
+    about = {"instruction": "question", "input": "context", "output": "answers.text"}
+    assert guess(squad) == ("alpaca", {**about, "references": "answers.text"})
+    assert guess({"question": "q", "answers": ["a"]}) == answers("question", "answers")
     assert guess({"qa": {"question": "q", "answers": ["a"]}, "n": 1}) == answers(
         "qa.question", "qa.answers"
     )

@@ -118,6 +118,8 @@ def _guessed(
         }
         if form == "alpaca":
             found["input"] = next((plain[name] for name in LIKE["input"] if name in plain), None)
+            if found["instruction"] is None and "context" in plain:  # a question about a text
+                found["instruction"] = plain.get("question")
         names = [name for name in found.values() if name is not None]
         answer = ANSWERS.get(form)
         if answer and (found[answer] is None or found[answer] in lists):
