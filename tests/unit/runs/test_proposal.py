@@ -254,22 +254,39 @@ def test_conversations_for_a_base_without_a_chat_template() -> None:
     assert config.data.heldout_share == 0.2  # a tenth of four records is none
 
 
-def test_a_template_stands_in_the_table_of_the_site_that_needs_it() -> None:
+def test_sites_with_several_forms_are_read_in_one() -> None:
+    """Conversations of one question without a template; else all questions as conversations."""
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Good day"}]
-    talks = written([{"messages": turns} for _ in range(12)], "talks.jsonl")
     pairs = written(
         [{"prompt": f"Case {n}?", "completion": "yes"} for n in range(12)], "pairs.jsonl"
     )
-    config = proposed("--model", "embedded", "--data", talks, "--data", pairs)
-    assert config.data.chat_template is None
-    assert config.data.by_site["pairs"].chat_template is None
-    written_by_name = load(Path("q.toml"), as_written=True).data.by_site["talks"].chat_template
-    assert written_by_name is not None
-    assert "User: " in plan_text(config, "talks")
-    assert "User: " not in plan_text(config, "pairs")
-    idle = config.model_dump(exclude_unset=True)
-    idle["data"]["by_site"]["pairs"]["chat_template"] = "plain"
-    with pytest.raises(ConfigError, match=r"data\.by_site\.pairs\.chat_template: without effect"):
+    tasks = written(
+        [{"instruction": f"Is {n} odd?", "output": "no"} for n in range(12)], "tasks.jsonl"
+    )
+    for rounds, others, form, template in (
+        (1, [pairs], "prompt_completion", None),
+        (2, [pairs], "messages", "plain"),
+        (1, [tasks], "messages", "plain"),
+        (2, [pairs, tasks], "messages", "plain"),
+    ):
+        talks = written([{"messages": rounds * turns} for _ in range(12)], "talks.jsonl")
+        sources = [word for path in (talks, *others) for word in ("--data", path)]
+        config = proposed("--force", "--model", "embedded", *sources)
+        tables = load(Path("q.toml"), as_written=True).data.by_site
+        assert {own.chat_template for own in tables.values()} == {template}
+        read = {name: tables[name].read_as for name in tables}
+        read.pop("talks" if form == "messages" else "pairs")
+        assert set(read.values()) == {form}
+        for site in tables:
+            assert ("User: " in plan_text(config, site)) == (form == "messages")
+
+
+def test_a_template_without_effect_at_a_site_is_refused() -> None:
+    pairs = [{"prompt": f"Case {n}?", "completion": "yes"} for n in range(12)]
+    sources = [word for name in ("a", "b") for word in ("--data", written(pairs, f"{name}.jsonl"))]
+    idle = proposed("--model", "embedded", *sources).model_dump(exclude_unset=True)
+    idle["data"]["by_site"]["a"]["chat_template"] = "plain"
+    with pytest.raises(ConfigError, match=r"data\.by_site\.a\.chat_template: without effect"):
         plan(parse(idle, "test"))
 
 
