@@ -32,18 +32,8 @@ LIKE: dict[str, tuple[str, ...]] = {
     ),
     "completion": (
         *("completion", "answer", "response", "reply", "target", "output", "summary", "label"),
-        *(
-            "answertext",
-            "answervalue",
-            "targettext",
-            "outputtext",
-            "solution",
-            "antwort",
-            "ausgabe",
-            "respuesta",
-            "reponse",
-            "risposta",
-        ),
+        *("solution", "antwort", "ausgabe", "respuesta", "reponse", "risposta"),
+        *("answertext", "answervalue", "targettext", "outputtext"),
     ),
     "text": ("text", "content", "note", "report", "body", "sentence", "story"),
 }
