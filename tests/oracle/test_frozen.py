@@ -355,7 +355,7 @@ def test_folders_that_do_not_fit_are_refused(
     with pytest.raises(ConfigError, match=r"neither model.safetensors nor"):
         FolderSource(tmp_path, ["w"])
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ConfigError, match=r"model.safetensors cannot be read"):
+    with pytest.raises(ConfigError, match=r"model.safetensors: is damaged or cut short"):
         FolderSource(tmp_path, ["w"])
     (tmp_path / "model.safetensors").unlink()
     (tmp_path / "model.safetensors.index.json").write_text("[]")
