@@ -2,7 +2,6 @@
 
 import math
 import random
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -31,6 +30,7 @@ from fluvial.wire.tensors import (
     subtract,
     zeros_like,
 )
+from tests.support.memory import allocates_less
 
 UPDATE = {
     "b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
@@ -135,20 +135,22 @@ def test_mean_weighs_its_updates() -> None:
 
 
 def test_mean_counts_what_it_has_seen_and_keeps_no_update() -> None:
-    mean = WeightedMean()
     size = 10_000
-    tracemalloc.start()
 
-    for site in range(1, 51):
-        update = {"w": torch.full((size,), 0.5)}
-        mean.add(update, site)
-        assert not torch.equal(update["w"], torch.zeros(size))
+    def filled() -> WeightedMean:
+        mean = WeightedMean()
 
-    python_bytes = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
+        for site in range(1, 51):
+            update = {"w": torch.full((size,), 0.5)}
+            mean.add(update, site)
+            assert not torch.equal(update["w"], torch.zeros(size))
+
+        return mean
+
+    mean = filled()
     stored = [held for held in vars(mean).values() if isinstance(held, torch.Tensor)]
     assert sum(tensor.untyped_storage().nbytes() for tensor in stored) == 2 * 8 * size
-    assert python_bytes < 100_000
+    assert allocates_less(filled, 100_000)
     assert (mean.count, mean.weight) == (50, 1275)
 
 
