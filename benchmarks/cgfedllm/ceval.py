@@ -27,13 +27,14 @@ import torch
 from benchmarks.cgfedllm.bed import Table
 from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
+from fluvial.data.multiple_choice import Choice, Scoring, ending, language_of, render
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
 from fluvial.seeds import generator
-from fluvial.training.choice_prompts import Scoring, ending, language_of, prepare, render
+from fluvial.training.choice_prompts import prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
-from fluvial.training.choices import CHANCE, Choice, read_choices
+from fluvial.training.choices import read_choices
 from fluvial.training.evaluate import has_effect
 from fluvial.training.folders import read_adapter_folder
 from fluvial.training.subjects import CEVAL, plain_subject
@@ -244,7 +245,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     rows = [row for row in report.rows if row["part"] == "ceval"]
     names = ["arm", "category", "questions", "before", "after", "macro"]
     names += ["gain", "gain_low", "gain_high"]
-    show(f"C-Eval val, chance {CHANCE}", {name: name for name in names}, rows)
+    show("C-Eval val, chance 0.25", {name: name for name in names}, rows)
     report.claims += [
         Claim(
             f"{row['arm']}: lower end of the gain over all questions",

@@ -11,8 +11,8 @@ from benchmarks.cgfedllm.autoencoder import ADAM, BEST, STAGES, autoencoder, pla
 from benchmarks.cgfedllm.ceval import ALL, category_rows, read_split
 from benchmarks.cgfedllm.gate_and_loss import QUICK
 from fluvial.codecs.learned.resnet import ResNetSettings
+from fluvial.data.multiple_choice import Choice
 from fluvial.training.choice_scores import Marks
-from fluvial.training.choices import Choice
 from tests.support.benchmarks import quick_report
 
 SUBJECTS = ("law", "marxism", "college_physics")

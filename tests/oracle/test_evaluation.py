@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app
 from fluvial.data import IGNORE_INDEX, Example
+from fluvial.data.multiple_choice import Choice, Scoring, render
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.states import initial_state
 from fluvial.seeds import generator
-from fluvial.training.choice_prompts import Scoring, prepare, render
+from fluvial.training.choice_prompts import prepare
 from fluvial.training.choice_scores import score
-from fluvial.training.choices import Choice
 from fluvial.training.evaluate import heldout
 from fluvial.training.folders import kind_of
 from fluvial.wire.tensors import Named

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
-from fluvial.data.forms import CONVERSATIONS, Form
+from fluvial.data.forms import CONVERSATIONS, WORDED, Form
 from fluvial.data.records import Answered, Chat, Record
 from fluvial.errors import ConfigError
 
@@ -16,6 +16,8 @@ KINDS: dict[Form, str] = {
     "text": "plain text",
     "prompt_completion": "prompts with completions",
     "alpaca": "Alpaca records, with words of their own around the prompt",
+    "choices": "questions with choices, in the prompt of an examination",
+    "lettered_choices": "questions with choices, in the prompt of an examination",
     "messages": "conversations in a chat template",
     "sharegpt": "conversations in a chat template",
 }
@@ -26,7 +28,7 @@ def form_read(form: Form, wanted: ReadAs | None) -> Form:
     """Return the form that the records of a form have, once they are read as `wanted`."""
     if wanted == "prompt_completion" and form in CONVERSATIONS:
         return wanted
-    if wanted == "messages" and form in ("prompt_completion", "alpaca"):
+    if wanted == "messages" and (form == "prompt_completion" or form in WORDED):
         return wanted
     return form
 
@@ -38,7 +40,8 @@ def read_as(record: Record, wanted: ReadAs | None) -> Record:
     """
     content = record.content
     if wanted == "messages" and isinstance(content, Answered):
-        texts = zip(ONE_TURN, (content.prompt, content.answer), strict=True)
+        reply = content.answer.strip() if content.joined else content.answer
+        texts = zip(ONE_TURN, (content.prompt, reply), strict=True)
         messages = [{"role": role, "content": text} for role, text in texts]
         return replace(record, content=Chat(messages, references=content.references))
     if wanted == "prompt_completion" and isinstance(content, Chat):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluvial.data.config import ReadingSettings
 from fluvial.data.faults import DataError, Faults, shown
+from fluvial.data.fields import encodable
 from fluvial.data.folder import KNOWN, UNREADABLE, files_within
 from fluvial.data.forms import Form, resolve
 from fluvial.data.hub import dataset_of
@@ -16,7 +17,8 @@ from fluvial.data.partition import Drawn, Iid
 from fluvial.data.read_as import form_read, read_as
 from fluvial.data.readers import READERS, read_file
 from fluvial.data.reading import Reading
-from fluvial.data.records import Record, RecordReader, Text, encodable
+from fluvial.data.record_reader import RecordReader
+from fluvial.data.records import Record, Text
 from fluvial.data.rows import FaultyRowsError, Number, Row, Table, columns_of, described
 from fluvial.errors import ConfigError
 from fluvial.formatting import safe_line

@@ -16,7 +16,8 @@ from fluvial.data.examples import (
 from fluvial.data.faults import SHOWN, Faults, are
 from fluvial.data.forms import Form
 from fluvial.data.packing import pack
-from fluvial.data.records import Chat, Record, RecordReader, Text
+from fluvial.data.record_reader import RecordReader
+from fluvial.data.records import Chat, Record, Text
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedTokenizerBase
@@ -137,7 +138,11 @@ class Tokenizing:
             return encode_chat(record.place, content, self.tokenizer, self.loss_on)
 
         before = encoder.prompt(content.prompt)
-        after = encoder.answer(content.answer)
+        after = (
+            encoder.continued(content.prompt, content.answer)
+            if content.joined
+            else encoder.answer(content.answer)
+        )
         labels = [IGNORE_INDEX] * len(before) if self.loss_on == "answer" else before
 
         return Example([*before, *after], [*labels, *after]), Question(

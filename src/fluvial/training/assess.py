@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from fluvial import __version__
 from fluvial.data import DataConfig
+from fluvial.data.multiple_choice import Choice, Language, Scoring, language_of
 from fluvial.errors import ConfigError
 from fluvial.models.digests import weights_digest
 from fluvial.models.encoding import Encoder
@@ -20,9 +22,9 @@ from fluvial.models.loading import weights_folder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.threads import faster_threads, with_threads
-from fluvial.training.choice_prompts import Language, Scoring, Sheet, language_of, prepare
+from fluvial.training.choice_prompts import Sheet, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
-from fluvial.training.choices import CHANCE, Choice, read_choices
+from fluvial.training.choices import read_choices
 from fluvial.training.evaluate import has_effect
 from fluvial.training.folders import AdapterFolder
 from fluvial.training.generated import AnswerConfig
@@ -243,7 +245,7 @@ def _choice_result(
         "dropped_shots": sheet.dropped_shots,
         "cut_questions": sheet.cut_questions,
         "cut_tokens": sheet.cut_tokens,
-        "chance": CHANCE,
+        "chance": fmean(1 / len(question.choices) for question in sheet.questions),
     }
     marks = {}
     for name, adapter in models.items():

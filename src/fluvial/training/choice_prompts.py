@@ -1,28 +1,20 @@
-"""Multiple-choice questions as prompts and tokens.
+"""Multiple-choice questions as tokens.
 
-The prompt with `letter` is MMLU's (Hendrycks et al., ICLR 2021) or, for Chinese questions, C-Eval's
-(Huang et al., NeurIPS 2023): it lists the four choices, and log P(letter | prompt) decides. With
-`text` it does not list them, and log P(choice | prompt) in nats per UTF-8 byte decides (the
-"continuation" form of lm-evaluation-harness), which measures models that are too small to know what
-a letter stands for.
+Where letters are scored, log P(letter | prompt) decides. Where texts are, log P(choice | prompt) in
+nats per UTF-8 byte decides (the "continuation" form of lm-evaluation-harness), which measures
+models that are too small to know what a letter stands for.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from fluvial.data.multiple_choice import Choice, Language, Scoring, ending, language_of, render
 from fluvial.errors import ConfigError
 from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedTokenizerBase
-from fluvial.training.choices import LETTERS, Choice
 
 MAX_SHOTS = 5
-ZH_KIND = {"letter": "单项选择题，请选出其中的正确答案", "text": "题目和答案"}  # noqa: RUF001 - Chinese punctuation
-ZH_CUES = "题目：", "答案："  # noqa: RUF001 - Chinese punctuation
-
-Scoring = Literal["letter", "text"]
-Language = Literal["en", "zh"]
 
 
 @dataclass(frozen=True)
@@ -50,52 +42,6 @@ class Sheet:
     cut_questions: int
     """Prompts cut on the left because they were too long without any example."""
     cut_tokens: int
-
-
-def language_of(question: str) -> Language:
-    """Return Chinese if there is a Chinese character.
-
-    MMLU has none, and every question of C-Eval and CMMLU has at least one.
-    """
-    return "zh" if re.search("[\u4e00-\u9fff]", question) else "en"
-
-
-def render(choice: Choice, shots: Sequence[Choice], scoring: Scoring, language: Language) -> str:
-    """Return the prompt up to the answer, which follows as `ending` gives it."""
-    solved = (
-        _ask(shot, scoring, language) + ending(shot, shot.answer, scoring, language) + "\n\n"
-        for shot in shots
-    )
-    return _header(choice, scoring, language) + "".join(solved) + _ask(choice, scoring, language)
-
-
-def ending(choice: Choice, index: int, scoring: Scoring, language: Language) -> str:
-    """Return the text that follows the prompt for the choice `index`."""
-    text = LETTERS[index] if scoring == "letter" else choice.choices[index]
-    return f" {text}" if language == "en" else text
-
-
-def _header(choice: Choice, scoring: Scoring, language: Language) -> str:
-    subject = choice.subject.replace("_", " ") if choice.subject else None
-    if language == "en":
-        kind = "multiple choice questions" if scoring == "letter" else "questions"
-        return (
-            f"The following are {kind} (with answers){f' about {subject}' if subject else ''}.\n\n"
-        )
-
-    subject = choice.subject_zh or subject
-    about = f"中国关于{subject}考试的" if subject else ""
-    return f"以下是{about}{ZH_KIND[scoring]}。\n\n"
-
-
-def _ask(choice: Choice, scoring: Scoring, language: Language) -> str:
-    title, cue = ("Question: ", "Answer:") if language == "en" else ZH_CUES
-    if scoring == "text":
-        return f"{title}{choice.question}\n{cue}"
-    listed = "".join(
-        f"\n{letter}. {text}" for letter, text in zip(LETTERS, choice.choices, strict=True)
-    )
-    return f"{choice.question}{listed}\n{cue}"
 
 
 def prepare(
@@ -158,7 +104,7 @@ def prepare(
 def _tokens(
     choice: Choice, shots: Sequence[Choice], encoder: Encoder, scoring: Scoring, language: Language
 ) -> Prompt:
-    endings = [ending(choice, index, scoring, language) for index in range(len(LETTERS))]
+    endings = [ending(choice, index, scoring, language) for index in range(len(choice.choices))]
     sizes = [1 if scoring == "letter" else len(text.encode()) for text in choice.choices]
     return encoded(choice.name, render(choice, shots, scoring, language), endings, sizes, encoder)
 

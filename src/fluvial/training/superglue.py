@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fluvial.data.faults import DataError, Faults, listed
+from fluvial.data.fields import encodable
 from fluvial.data.readers import read_json
-from fluvial.data.records import encodable
 from fluvial.data.rows import Number, Row, described
 from fluvial.errors import ConfigError
 from fluvial.storage.files import exists

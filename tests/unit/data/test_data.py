@@ -27,7 +27,7 @@ from fluvial.data import (
 from fluvial.data.faults import Faults
 from fluvial.data.forms import detect_form
 from fluvial.data.partition import Dirichlet, Iid, Natural, Shards, alike, split
-from fluvial.data.records import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from fluvial.data.record_reader import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from fluvial.data.rows import Number
 from fluvial.data.sources import Source, read_source
 from fluvial.errors import ConfigError

@@ -245,8 +245,8 @@ def test_a_file_of_empty_texts_is_no_data(which: str, tmp_path: Path, tokenizer:
     ("settings", "message"),
     [
         (
-            {"columns": {"answer": "completion"}},
-            r"columns: 'answer' is no field .*first: \{completion = 'answer'\}",
+            {"columns": {"reply": "completion"}},
+            r"columns: 'reply' is no field .*first: \{completion = 'reply'\}",
         ),
         (
             {"columns": {"prompt": "prompt", "completion": "prompt"}},

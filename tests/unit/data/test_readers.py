@@ -18,7 +18,8 @@ from fluvial.data import DataError
 from fluvial.data.files import known_encoding
 from fluvial.data.readers import read_file
 from fluvial.data.reading import Reading
-from fluvial.data.records import RecordReader, Text
+from fluvial.data.record_reader import RecordReader
+from fluvial.data.records import Text
 from fluvial.data.rows import Number
 from fluvial.errors import ConfigError
 

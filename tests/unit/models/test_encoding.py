@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from fluvial.data import IGNORE_INDEX, tokenize
+from fluvial.data.multiple_choice import Choice
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
 from fluvial.models.targets import LoraSettings
 from fluvial.training.choice_prompts import prepare
-from fluvial.training.choices import Choice
 from tests.support.tokenizer_kinds import byte_level, characters, prefix_space, words
 
 G = "\u0120"

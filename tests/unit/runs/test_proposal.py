@@ -628,7 +628,7 @@ def test_names_of_sites_are_apart_where_they_have_commas_and_numbers() -> None:
 
 def test_the_side_of_a_renamed_column_is_named() -> None:
     with pytest.raises(ConfigError, match="write FIELD=YOUR_COLUMN, where FIELD is text, prompt"):
-        run_init("--yes", "--column", "answer=completion")
+        run_init("--yes", "--column", "reply=completion")
 
 
 def test_a_missing_option_is_refused_without_a_terminal(tiny_model: Path) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from fluvial.cli import app, main
 from fluvial.data import DataError, Example
+from fluvial.data.multiple_choice import Choice, language_of, render
 from fluvial.errors import ConfigError
 from fluvial.models.pool import ModelPool
 from fluvial.models.pretrained import ModelConfig
@@ -20,9 +21,9 @@ from fluvial.models.states import initial_state
 from fluvial.models.targets import LoraSettings
 from fluvial.runs.evaluation import with_remedies
 from fluvial.seeds import generator
-from fluvial.training.choice_prompts import Sheet, language_of, prepare, render
+from fluvial.training.choice_prompts import Sheet, prepare
 from fluvial.training.choice_scores import Marks, bootstrap, score
-from fluvial.training.choices import Choice, read_choices
+from fluvial.training.choices import read_choices
 from fluvial.training.evaluate import Heldout, has_effect, heldout
 from fluvial.training.folders import kind_of, read_adapter_folder
 from fluvial.wire.tensors import Named
@@ -83,10 +84,10 @@ def test_has_effect(pool: ModelPool, changed: Named) -> None:
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"choices": ["a", "b", "c"]}, "list of four texts"),
-        ({"choices": ["a", "b", "c", " "]}, "none blank"),
-        ({"choices": "abcd"}, "list of four texts"),
-        ({"answer": 4}, "'A', 'B', 'C' or 'D', or 0 to 3, and is none of them"),
+        ({"choices": ["a"]}, "must be a list of 2 to 10 texts, and is a list of 1"),
+        ({"choices": ["a", "b", "c", " "]}, "choice D of 'choices' is blank"),
+        ({"choices": "abcd"}, "must be a list of 2 to 10 texts, and is text"),
+        ({"answer": 4}, "from A to D, .*, or 0 to 3, and is none of them: numbers count from 0"),
         ({"answer": "E"}, "and is none of them"),
         ({"answer": "AB"}, "and is none of them"),
         ({"answer": 1.0}, "and is none of them"),

@@ -18,30 +18,13 @@ from fluvial.data.forms import (
 )
 from fluvial.data.rows import Number, Row
 from fluvial.errors import ConfigError
+from fluvial.runs.proposal.choice_columns import FORMS_OF_CHOICES, with_choices
+from fluvial.runs.proposal.usual_names import LIKE, plain_names, usual_name
 
-LIKE: dict[str, tuple[str, ...]] = {
-    "messages": ("messages", "dialog", "dialogue", "chat", "turns"),
-    "conversations": ("conversations", "conversation"),
-    "instruction": ("instruction", "task"),
-    "output": ("output", "response", "answer", "completion"),
-    "input": ("input", "context"),
-    "prompt": (
-        *("prompt", "question", "query", "request", "source", "document", "article", "input"),
-        *("problem", "frage", "eingabe", "pregunta", "domanda"),
-        *("sourcetext", "inputtext", "questiontext"),
-    ),
-    "completion": (
-        *("completion", "answer", "response", "reply", "target", "output", "summary", "label"),
-        *("solution", "antwort", "ausgabe", "respuesta", "reponse", "risposta"),
-        *("answertext", "answervalue", "targettext", "outputtext"),
-    ),
-    "text": ("text", "content", "note", "report", "body", "sentence", "story"),
-}
-"""Usual names of columns for a field, the best first."""
 LISTS = ("", "s", "text", "stext")
 """Ends of the names of columns with a list of right answers, such as `answers.text` of SQuAD."""
 LIKELY_FORMS: tuple[Form, ...] = ("messages", "sharegpt", "alpaca", "prompt_completion", "text")
-"""Forms in the order in which they are guessed."""
+"""Forms in the order in which they are guessed, after those of choices."""
 MOST_NAMES = 20
 """Names of columns that a message lists."""
 OWNERS = (
@@ -77,7 +60,8 @@ def guessed_columns(
 
     Fields within an object of the `rows` are looked at where none of the columns fit.
     """
-    found = _guessed(columns, _lists(columns, rows))
+    lists = _lists(columns, rows)
+    found = _detected(columns, lists) or with_choices(columns, rows) or _guessed(columns, lists)
     if found is not None:
         return found
     within = [_guessed_within(outer, columns, rows) for outer in _objects(columns, rows)]
@@ -85,29 +69,29 @@ def guessed_columns(
     return fitting[0] if len(fitting) == 1 else None
 
 
-def _guessed(
-    columns: Sequence[str], lists: Collection[str] = ()
-) -> tuple[Form, dict[str, str]] | None:
+def _detected(columns: Sequence[str], lists: Collection[str]) -> tuple[Form, dict[str, str]] | None:
+    """Return the form that the names are those of, and an answer with a list of texts; None where
+    they are of none, of several, or of one with choices."""
+    try:
+        form = detect_form(columns, "data")
+    except ConfigError:
+        return None
+    if form in FORMS_OF_CHOICES:
+        return None
+    field = ANSWERS.get(form)
+    return form, {field: field, "references": field} if field and field in lists else {}
+
+
+def _guessed(columns: Sequence[str], lists: Collection[str]) -> tuple[Form, dict[str, str]] | None:
     """Return the form and the columns to rename that the names suggest, None where they do not.
 
     The answer may be one of the `lists`, which are columns with lists of texts.
     """
-    try:
-        form = detect_form(columns, "data")
-    except ConfigError:
-        pass
-    else:
-        field = ANSWERS.get(form)
-        return form, {field: field, "references": field} if field and field in lists else {}
-
-    plain = {re.sub(r"[\W_]+", "", name.casefold()): name for name in reversed(columns)}
+    plain = plain_names(columns)
     for form in LIKELY_FORMS:
-        found = {
-            field: next((plain[name] for name in LIKE[field] if name in plain), None)
-            for field in REQUIRED_FIELDS[form]
-        }
+        found = {field: usual_name(plain, field) for field in REQUIRED_FIELDS[form]}
         if form == "alpaca":
-            found["input"] = next((plain[name] for name in LIKE["input"] if name in plain), None)
+            found["input"] = usual_name(plain, "input")
             if found["instruction"] is None and "context" in plain:  # a question about a text
                 found["instruction"] = plain.get("question")
         names = [name for name in found.values() if name is not None]
@@ -160,8 +144,9 @@ def _guessed_within(
     text beside the object, which may be what is meant.
     """
     inner = [name.rpartition(".")[2] for name in columns if name.rpartition(".")[0] == outer]
-    lists = _lists([name for name in columns if name.rpartition(".")[0] == outer], rows)
-    guessed = _guessed(inner, {name.rpartition(".")[2] for name in lists})
+    within = _lists([name for name in columns if name.rpartition(".")[0] == outer], rows)
+    lists = {name.rpartition(".")[2] for name in within}
+    guessed = _detected(inner, lists) or _guessed(inner, lists)
     if guessed is None:
         return None
 

@@ -8,7 +8,8 @@ from fluvial.data.config import DataConfig
 from fluvial.data.faults import Faults
 from fluvial.data.forms import CONVERSATIONS, REQUIRED_FIELDS, Form
 from fluvial.data.read_as import ReadAs, form_read, read_as
-from fluvial.data.records import Record, RecordReader
+from fluvial.data.record_reader import RecordReader
+from fluvial.data.records import Record
 from fluvial.data.rows import Number, Row, Table, columns_of
 from fluvial.data.sources import Source, is_local, tables
 from fluvial.errors import ConfigError
@@ -191,7 +192,7 @@ def facts_about(
         renamed = dict(ask(files))
         form = form_of(names, renamed)
 
-    texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form]]
+    texts = [renamed.get(field, field) for field in REQUIRED_FIELDS[form] if field != "answer"]
     numbers = any(
         isinstance(row.cells.get(name), Number | bool) for row in files.rows for name in texts
     )

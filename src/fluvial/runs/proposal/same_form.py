@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from fluvial.data.forms import WORDED
 from fluvial.data.read_as import ReadAs, form_read, is_one_turn
 from fluvial.data.records import Chat
 from fluvial.runs.proposal.heldout import ALL, Heldout
@@ -64,7 +65,7 @@ def _common(parts: Sequence[DataFacts], heldout: Sequence[DataFacts]) -> ReadAs 
     if len(forms) < 2 or not forms > {"chat"} or "text" in forms:
         return None
     chats = [facts for facts in (*parts, *heldout) if facts.is_conversation]
-    plain = "alpaca" not in forms and all(map(_one_turn, chats))
+    plain = not forms & WORDED and all(map(_one_turn, chats))
     return "prompt_completion" if plain else "messages"
 
 

@@ -132,7 +132,8 @@ def unused_columns(facts: DataFacts, sites: Sites) -> list[str]:
     """Return the columns of a source that are neither text nor owner of a record."""
     used = {facts.columns.get(field, field) for field in fields_of(facts.form)}
     used.add(sites.partition.get("column", ""))
-    return [name for name in facts.names if name not in used]
+    within = tuple(f"{name}." for name in used if name)
+    return [name for name in facts.names if name not in used and not name.startswith(within)]
 
 
 def answer_pairs(facts: DataFacts, sites: Sites) -> list[tuple[str, str]]:

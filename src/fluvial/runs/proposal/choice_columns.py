@@ -1,0 +1,56 @@
+"""Guesses about a table of questions with choices."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import takewhile
+
+from fluvial.data.forms import REQUIRED_FIELDS, Form, objects_of
+from fluvial.data.multiple_choice import LETTERS
+from fluvial.data.record_reader import RecordReader
+from fluvial.data.rows import Row
+from fluvial.errors import ConfigError
+from fluvial.runs.proposal.usual_names import plain_names, usual_name
+
+FORMS_OF_CHOICES: tuple[Form, ...] = ("choices", "lettered_choices")
+MOST_READ = 100
+"""Rows that are read as questions with choices before that form is guessed."""
+
+
+def with_choices(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Form, dict[str, str]] | None:
+    """Return the form of questions with choices and the columns to rename, None where the names or
+    the values suggest another one."""
+    plain = plain_names(columns)
+    found = {field: usual_name(plain, field) for field in ("question", "answer")}
+    for form in FORMS_OF_CHOICES:
+        names = dict(found)
+        if form == "choices":
+            names["choices"] = usual_name(
+                plain | plain_names(sorted(objects_of(columns))), "choices"
+            )
+        else:
+            usual = ((letter, usual_name(plain, letter)) for letter in LETTERS)
+            names |= dict(takewhile(lambda pair: pair[1] is not None, usual))
+
+        renamed = {field: name for field, name in names.items() if name is not None}
+        fitting = renamed.keys() >= {*REQUIRED_FIELDS[form]}
+        if (
+            fitting
+            and len(set(renamed.values())) == len(renamed)
+            and _readable(form, renamed, rows)
+        ):
+            return form, {field: name for field, name in renamed.items() if field != name}
+
+    return None
+
+
+def _readable(form: Form, columns: Mapping[str, str], rows: Sequence[Row]) -> bool:
+    """Return whether most of the first rows are records of this form."""
+    reader = RecordReader(form, columns, "text")
+    some = rows[:MOST_READ]
+    num_read = 0
+    for row in some:
+        with suppress(ConfigError):
+            reader.read(row.place, row.cells)
+            num_read += 1
+
+    return 2 * num_read > len(some)
