@@ -191,7 +191,8 @@ def ensemble(
             if source == "sites"
             else collecting.simulated_fleet(Terms(settings), run.context)
         )
-        snapshots = collecting.collect(settings, fleet, pool.layout, seed)
+        alike = source == "sites"  # simulated sites have a seed of their own
+        snapshots = collecting.collect(settings, fleet, pool.layout, seed, same_seed=alike)
 
     training, heldout = split_by_time(snapshots, settings.holdout)
     return Ensemble(pool.layout, training, heldout, time.perf_counter() - since)
