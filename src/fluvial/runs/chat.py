@@ -14,6 +14,7 @@ from fluvial.models.encoding import Encoder
 from fluvial.models.hf import PreTrainedModel, PreTrainedTokenizerBase
 from fluvial.models.pool import ModelPool
 from fluvial.models.streaming import Sampling, stream
+from fluvial.models.threads import faster_threads, with_threads
 from fluvial.runs.evaluation import evaluation_settings, run_settings
 from fluvial.storage import exported
 from fluvial.storage.files import expanded
@@ -128,16 +129,15 @@ class Chat:
         """How a prompt is put, and why, in words."""
         if template == "auto" and mostly is not None:
             self.way += f", as most records of the run were: {mostly}"
-        self.speakers = [
-            Speaker(
-                each,
-                self._models.enter_context(pool.model(state)),
-                tokenizer,
-                pool.outline.context,
-                chats=self.chats,
-            )
+        models = {
+            each: self._models.enter_context(pool.model(state))
             for each, state in states.items()
             if only in (None, each)
+        }
+        self._models.enter_context(with_threads(faster_threads(next(iter(models.values())))))
+        self.speakers = [
+            Speaker(each, model, tokenizer, pool.outline.context, chats=self.chats)
+            for each, model in models.items()
         ]
 
     def __enter__(self) -> "Chat":

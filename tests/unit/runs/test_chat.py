@@ -106,6 +106,16 @@ def test_answers_are_those_of_plain_transformers(run: Path, tiny_model: Path) ->
         assert answers(chat, TEXT, max_new_tokens=6) == {"tuned": expected}  # nothing is remembered
 
 
+def test_a_small_model_answers_on_the_number_of_threads_that_is_faster(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("fluvial.runs.chat.faster_threads", lambda model: before + 1)
+    with Chat(str(run), template="none"):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+
+
 def test_draws_are_repeated_by_their_seed_and_side_by_side(run: Path) -> None:
     with Chat(str(run), template="none") as chat:
         alone = answers(chat, TEXT, max_new_tokens=12, temperature=1.0, seed=3)
