@@ -110,7 +110,7 @@ def test_a_small_model_answers_on_the_number_of_threads_that_is_faster(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = torch.get_num_threads()
-    monkeypatch.setattr("fluvial.runs.chat.faster_threads", lambda model: before + 1)
+    monkeypatch.setattr("fluvial.runs.chat.faster_threads", lambda _: before + 1)
     with Chat(str(run), template="none"):
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before

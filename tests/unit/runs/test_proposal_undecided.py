@@ -49,6 +49,23 @@ def test_the_likeliest_columns() -> None:
     assert likely(a="x{}", b="1") == {}
 
 
+def test_a_label_is_likelier_than_few_words_that_are_no_classes() -> None:
+    rows = [
+        Row(
+            {"Seen": f"case {n} was seen", "Place": f"Ward {n}", "Team": team},
+            Place("a", "line", 1),
+        )
+        for n, team in enumerate(["A and B", "C"] * 4)
+    ]
+    names = columns_of(rows)
+    assert likely_fields(names, rows) == {"prompt": "Seen", "completion": "Team"}
+    some = [
+        Row({**row.fields, "Place": f"{row.fields['Place']} at night"}, row.place) for row in rows
+    ]
+    assert likely_fields(names, some) == {"prompt": "Seen", "completion": "Place"}
+    assert likely(Seen="case {} was seen", Street="Main street {}", b="yes") == {"text": "Seen"}
+
+
 def written(name: str, *rows: dict[str, Any]) -> str:
     Path(name).write_text("\n".join(json.dumps(row) for row in rows))
     return name

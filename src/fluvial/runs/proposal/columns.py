@@ -42,6 +42,8 @@ ABOUT = (
     *("date", "time", "timestamp", "year", "month", "day", "url", "link", "source", "license"),
     *("licence", "split", "language", "lang", "author", "name", "age", "sex", "gender", "file"),
     *("filename", "path", "version", "title", "length", "tokens"),
+    *("address", "street", "city", "country", "zip", "phone", "email", "adresse", "strasse"),
+    *("stadt", "ort", "plz", "telefon", "rue", "ville", "calle", "ciudad", "via"),
 )
 """Usual names of columns that say something about a text and are no answer to it."""
 CODE = re.compile(r"(?=.*\d)\S+")

@@ -24,6 +24,8 @@ from fluvial.runs.proposal.columns import (
 
 LOOKED_AT = 1000
 """Records from which columns are guessed."""
+FEW_WORDS = 3
+"""Words below which a column is hardly the answer where another one has labels."""
 TURNS = {"messages": {"role", "content"}, "conversations": {"from", "value"}}
 """Fields of each turn of a conversation, by our field for the list of turns."""
 
@@ -59,7 +61,7 @@ def likely_fields(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]
 
     Of several columns with words, the two longest are meant, the question before the answer; one
     whose name is usual for something else only where it is the longest. The answer to the only one
-    is a label.
+    is a label, and so it is where the second one has few words and no classes.
     """
     some = rows[:LOOKED_AT]
     if conversation := _conversation(columns, some):
@@ -72,12 +74,15 @@ def likely_fields(columns: Sequence[str], rows: Sequence[Row]) -> dict[str, str]
     meant = wordy[:1] + [name for name in wordy[1:] if not has_word_of(name, (*ABOUT, *OWNERS))]
     if not meant:
         return {}
-    if len(meant) > 1:
-        first, second = sorted(meant[:2], key=columns.index)
-        return {"prompt": first, "completion": second}
 
-    (text,) = meant
+    text = meant[0]
     labels = [name for name in columns if name != text and may_be_answers(some, name)]
+    classes = [name for name in labels if 2 * kinds(some, name)[1] <= len(some)]
+    if len(meant) > 1:
+        says_little = _num_words(values[meant[1]]) < FEW_WORDS and meant[1] not in classes
+        if not (classes and says_little):
+            first, second = sorted(meant[:2], key=columns.index)
+            return {"prompt": first, "completion": second}
     if not labels:
         return {"text": text}
     return {"prompt": text, "completion": min(labels, key=lambda name: kinds(some, name))}
@@ -163,6 +168,11 @@ def _filled(rows: Sequence[Row], column: str) -> list[str]:
     """Return the texts of a column, nothing where more than a tenth of the records have none."""
     texts = [text for row in rows if (text := value_of(row, column)) is not None]
     return texts if len(texts) >= 0.9 * len(rows) else []
+
+
+def _num_words(texts: Sequence[str]) -> float:
+    """Return the mean number of words."""
+    return fmean(len(text.split()) for text in texts)
 
 
 def _has_words(texts: Sequence[str]) -> bool:
