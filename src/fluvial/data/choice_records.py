@@ -34,7 +34,7 @@ def multiple_choice(fields: Fields) -> Answered:
     subject = fields.value("subject")
     choice = Choice(
         str(fields.place),
-        question_of(fields.place, fields.name("question"), fields.needed("question")),
+        _question(fields),
         texts,
         right_choice(fields.place, fields.name("answer"), fields.needed("answer"), labels, texts),
         None if subject is None else fields.checked(fields.name("subject"), subject),
@@ -45,6 +45,19 @@ def multiple_choice(fields: Fields) -> Answered:
         ending(choice, choice.answer, "letter", language),
         joined=True,
     )
+
+
+def _question(fields: Fields) -> str:
+    """Return the question, after the text that it is about where there is one."""
+    question = question_of(fields.place, fields.name("question"), fields.needed("question"))
+    context = fields.value("context")
+    about = "" if context is None else fields.checked(fields.name("context"), context)
+    return question_about(about, question)
+
+
+def question_about(context: str, question: str) -> str:
+    """Return a question after the text that it is about; the question alone where that is blank."""
+    return question if is_blank(context) else f"{context.strip()}\n\n{question}"
 
 
 def question_of(place: object, name: str, value: Any) -> str:

@@ -37,8 +37,8 @@ REQUIRED_FIELDS: dict[Form, tuple[str, ...]] = {
 OPTIONAL_FIELDS: dict[Form, tuple[str, ...]] = {
     "prompt_completion": ("references",),
     "alpaca": ("input", "references"),
-    "choices": ("subject",),
-    "lettered_choices": (*LETTERS[2:], "subject"),
+    "choices": ("context", "subject"),
+    "lettered_choices": (*LETTERS[2:], "context", "subject"),
 }
 ANSWERS: dict[Form, str] = {"prompt_completion": "completion", "alpaca": "output"}
 """The field with the answer of a record; its column may be that of `references` too."""

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fluvial.data.choice_records import choices_of, question_of, right_choice
+from fluvial.data.choice_records import choices_of, question_about, question_of, right_choice
 from fluvial.data.faults import DataError, Faults, listed, shown
+from fluvial.data.fields import encodable
 from fluvial.data.multiple_choice import Choice
 from fluvial.data.readers import read_json
 from fluvial.data.rows import Number, described
@@ -19,10 +20,10 @@ JSON = (".json", ".jsonl", ".ndjson")
 def read_choices(path: Path, subject_field: str = "subject") -> list[Choice]:
     """Read records `{"question", "choices": [2 to 10], "answer"}`, one a line, from a file.
 
-    The answer is a letter, the text of a choice, or a number from 0. `subject` and `id` are
-    optional fields; `subject_field` names another field for `subject`. A file with the suffix .json
-    holds a list of records. Raises `ConfigError` naming line and id of every record that is not of
-    this form, without its text.
+    The answer is a letter, the text of a choice, or a number from 0. `context` (the text that a
+    question is about), `subject` and `id` are optional fields; `subject_field` names another field
+    for `subject`. A file with the suffix .json holds a list of records. Raises `ConfigError` naming
+    line and id of every record that is not of this form, without its text.
     """
     refuse_endless(path)
     if not (exists(path) and path.is_file()):
@@ -68,7 +69,7 @@ def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
             f"{name}: --subject-field {subject_field!r} is missing; found {listed(sorted(record))}"
         )
 
-    for key in (subject_field, "subject_zh"):
+    for key in (subject_field, "subject_zh", "context"):
         if not isinstance(record.get(key), str | None):
             raise ConfigError(
                 f"{name}: {key!r} must be text or left out, and is {described(record[key])}"
@@ -77,7 +78,10 @@ def _choice(name: str, record: Mapping[str, Any], subject_field: str) -> Choice:
     labels, texts = choices_of(name, "'choices'", record["choices"])
     return Choice(
         name,
-        question_of(name, "'question'", record["question"]),
+        question_about(
+            encodable(name, "'context'", record.get("context") or ""),
+            question_of(name, "'question'", record["question"]),
+        ),
         texts,
         right_choice(name, "'answer'", record["answer"], labels, texts),
         record.get(subject_field),

@@ -82,6 +82,7 @@ def test_the_prompt_is_that_of_the_evaluation_of_choices(tmp_path: Path) -> None
     """Equal for questions in English with a subject, and in Chinese."""
     rows = [
         ASKED | {"answer": "C", "subject": "high_school_physics"},
+        ASKED | {"answer": "C", "context": "Rain falls.\n"},
         {"question": "水是什么", "choices": ["湿", "干"], "answer": 0},
     ]
     path = tmp_path / "q.jsonl"
@@ -93,7 +94,8 @@ def test_the_prompt_is_that_of_the_evaluation_of_choices(tmp_path: Path) -> None
     wording = [language_of(choice.question) for choice in asked]
     prompts = [render(q, (), "letter", w) for q, w in zip(asked, wording, strict=True)]
     assert [content.prompt for content in contents] == prompts
-    assert [content.answer for content in contents] == [" C", "A"]
+    assert [content.answer for content in contents] == [" C", " C", "A"]
+    assert "Rain falls.\n\nWhich is wet?\nA. Sand" in prompts[1]
     assert prompts[0].startswith(
         "The following are multiple choice questions (with answers) about high school physics."
     )
@@ -129,6 +131,7 @@ def test_labels_are_those_of_the_record() -> None:
         ({"choices": ["C", "z", "y"], "answer": "C"}, "may be several of them"),
         ({"question": " "}, "field 'question' must be text that is not blank, and is blank"),
         ({"subject": Number("1")}, "field 'subject' must be text"),
+        ({"context": Number("1")}, "field 'context' must be text"),
     ],
 )
 def test_faults_are_named_with_place_and_field(changes: dict[str, Any], problem: str) -> None:
@@ -165,6 +168,11 @@ def test_numbers_are_choices_where_the_setting_allows_it() -> None:
             {"choices": "options"},
         ),
         (
+            {"article": "Rain falls.", "question": "q", "options": ["x", "y"], "answer": "A"},
+            "choices",
+            {"context": "article", "choices": "options"},
+        ),
+        (
             {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
              "answerKey": "B"},
             "choices",
@@ -175,7 +183,7 @@ def test_numbers_are_choices_where_the_setting_allows_it() -> None:
         ({"question": "q", "choices": ["x", "y"], "answer": "z"}, "prompt_completion",
          {"prompt": "question", "completion": "answer"}),
     ],
-    ids=["mmlu", "ceval", "medmcqa", "medqa", "arc", "text", "other answers"],
+    ids=["mmlu", "ceval", "medmcqa", "medqa", "race", "arc", "text", "other answers"],
 )  # fmt: skip
 def test_a_proposal_finds_choices_by_name_and_content(
     row: dict[str, Any], form: str, columns: dict[str, str], tmp_path: Path

@@ -19,28 +19,28 @@ MOST_READ = 100
 def with_choices(columns: Sequence[str], rows: Sequence[Row]) -> tuple[Form, dict[str, str]] | None:
     """Return the form of questions with choices and the columns to rename, None where the names or
     the values suggest another one."""
-    plain = plain_names(columns)
-    found = {field: usual_name(plain, field) for field in ("question", "answer")}
     for form in FORMS_OF_CHOICES:
-        names = dict(found)
-        if form == "choices":
-            names["choices"] = usual_name(
-                plain | plain_names(sorted(objects_of(columns))), "choices"
-            )
-        else:
-            usual = ((letter, usual_name(plain, letter)) for letter in LETTERS)
-            names |= dict(takewhile(lambda pair: pair[1] is not None, usual))
-
-        renamed = {field: name for field, name in names.items() if name is not None}
-        fitting = renamed.keys() >= {*REQUIRED_FIELDS[form]}
-        if (
-            fitting
-            and len(set(renamed.values())) == len(renamed)
-            and _readable(form, renamed, rows)
-        ):
+        renamed = _by_name(form, columns)
+        alone = len(set(renamed.values())) == len(renamed)
+        if renamed.keys() >= {*REQUIRED_FIELDS[form]} and alone and _readable(form, renamed, rows):
             return form, {field: name for field, name in renamed.items() if field != name}
 
     return None
+
+
+def _by_name(form: Form, columns: Sequence[str]) -> dict[str, str]:
+    """Return the columns with usual names for the fields of a form; of choices with a column each,
+    those up to the first that has none."""
+    plain = plain_names(columns)
+    names = {field: usual_name(plain, field) for field in ("context", "question", "answer")}
+    if form == "choices":
+        objects = plain_names(sorted(objects_of(columns)))
+        names["choices"] = usual_name(plain | objects, "choices")
+    else:
+        usual = ((letter, usual_name(plain, letter)) for letter in LETTERS)
+        names |= dict(takewhile(lambda pair: pair[1] is not None, usual))
+
+    return {field: name for field, name in names.items() if name is not None}
 
 
 def _readable(form: Form, columns: Mapping[str, str], rows: Sequence[Row]) -> bool:

@@ -23,6 +23,7 @@ LIKE: dict[str, tuple[str, ...]] = {
     ),
     "text": ("text", "content", "note", "report", "body", "sentence", "story"),
     "question": ("question", "questionstem", "stem", "prompt", "query", "problem", "frage"),
+    "context": ("context", "article", "passage", "paragraph", "support", "document", "story"),
     "choices": ("choices", "options", "candidates", "answerchoices", "answeroptions"),
     "answer": (
         *("answer", "answerkey", "answeridx", "correctanswer", "correctoption", "correct", "cop"),
