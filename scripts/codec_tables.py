@@ -9,8 +9,12 @@ NONE = "uncompressed"
 """Contender whose update is not coded."""
 
 
+DETAILED = ("fairytales", "fairytales, babyllama105")
+"""Cells whose errors are shown at every rate."""
+
+
 def distortion() -> str:
-    """Error of held-out updates at every rate, real frames."""
+    """Error of held-out updates, real frames: two cells at every rate, all cells at 1/64."""
     found = read("rate_distortion.json")
     rated = [
         row
@@ -18,46 +22,63 @@ def distortion() -> str:
         if "part" not in row and row["rate"] is not None and row["seeds"]
     ]
     tables = []
-
-    for cell in dict.fromkeys(row["cell"] for row in rated):
+    for cell in DETAILED:
         here = [row for row in rated if row["cell"] == cell]
-        rates = sorted({row["rate"] for row in here})
-        kinds = list(dict.fromkeys((row["codec"], row["source"]) for row in here))
-        by = {(row["codec"], row["source"], row["rate"]): row for row in here}
-        order = sorted(kinds, key=lambda kind: by[*kind, 64]["error"] if (*kind, 64) in by else 9.0)
-        rows = [
-            [
-                "codec",
-                "fitted on",
-                *(f"1/{rate:g}" for rate in rates),
-                "cosine at 1/64",
-                "of the mean",
-            ]
-        ]
-
-        for kind in order:
-            errors = [
-                f"{by[*kind, rate]['error']:.3f}" if (*kind, rate) in by else "-" for rate in rates
-            ]
-            at_64 = by.get((*kind, 64), {})
-            cosines = [f"{at_64[key]:.3f}" if at_64 else "-" for key in ("cosine", "cosine_mean")]
-            rows.append([*kind, *errors, *cosines])
-
         width = max(row["width"] for row in here)
-        tables += [f"`{cell}` (widest factor {width}):", table(rows)]
+        tables += [f"`{cell}` (widest factor {width}):", table(_by_rate(here))]
 
     settings = found["settings"]
+    seeds = sorted({row["seeds"] for row in rated})
     return "\n\n".join(
         [
             "Relative squared error of held-out updates (1 is sending nothing): "
             f"{settings['tgap_rounds']} rounds of "
-            f"{settings['steps']} steps on 8 sites, {settings['seeds']} seeds, every byte of the "
-            "frames counted. `sites` and `public` say what a codec was fitted on.",
+            f"{settings['steps']} steps on 8 sites, seeds: {' or '.join(map(str, seeds))}, every "
+            "byte of the frames counted. `sites` and `public` say what a codec was fitted on.",
             *tables,
+            "Errors at 1/64 in every cell, and the widest factor:",
+            table(_at_one_rate([row for row in rated if row["rate"] == 64])),
             "Claims of `python -m benchmarks.codecs rate_distortion`:",
             claims("rate_distortion.json"),
         ]
     )
+
+
+def _by_rate(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the errors of one cell, by codec and rate, the least at 1/64 first."""
+    rates = sorted({row["rate"] for row in rows})
+    by = {(row["codec"], row["source"], row["rate"]): row for row in rows}
+    order = sorted(
+        dict.fromkeys((row["codec"], row["source"]) for row in rows),
+        key=lambda kind: by[*kind, 64]["error"] if (*kind, 64) in by else 9.0,
+    )
+    heading = ["codec", "fitted on", *(f"1/{rate:g}" for rate in rates)]
+    lines = [[*heading, "cosine at 1/64", "of the mean"]]
+
+    for kind in order:
+        errors = [
+            f"{by[*kind, rate]['error']:.3f}" if (*kind, rate) in by else "-" for rate in rates
+        ]
+        at_64 = by.get((*kind, 64), {})
+        cosines = [f"{at_64[key]:.3f}" if at_64 else "-" for key in ("cosine", "cosine_mean")]
+        lines.append([*kind, *errors, *cosines])
+
+    return lines
+
+
+def _at_one_rate(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the errors of all cells at one rate, by codec, the least geometric mean first."""
+    widths = {row["cell"]: row["width"] for row in rows}
+    by: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        by.setdefault((row["codec"], row["source"]), {})[row["cell"]] = row["error"]
+
+    lines = [["codec", "fitted on", *(f"{cell} ({width})" for cell, width in widths.items())]]
+    for kind in sorted(by, key=lambda kind: geometric_mean(by[kind].values())):
+        errors = [f"{by[kind][cell]:.3f}" if cell in by[kind] else "-" for cell in widths]
+        lines.append([*kind, *errors])
+
+    return lines
 
 
 def _target_tables(found: Any) -> list[str]:
