@@ -126,10 +126,9 @@ def exact_match(answer: str, reference: str) -> bool:
 def token_f1(answer: str, reference: str) -> float:
     """Return F1 of the words of both texts, as SQuAD 2.0 counts it; 0 to 1.
 
-    Where one of them has no word left, the score is 1 if neither has, else 0.
+    Where one of them has no word left, the score is 1 if neither has, else 0; see `compared_words`.
     """
-    ours = squad_words(answer)
-    theirs = squad_words(reference)
+    ours, theirs = compared_words(answer, reference)
     if not ours or not theirs:
         return float(ours == theirs)
 
@@ -137,9 +136,37 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * common / (len(ours) + len(theirs))
 
 
+def equal_in_squad(answer: str, reference: str) -> bool:
+    """Return True if the words of both texts are equal, see `compared_words`."""
+    ours, theirs = compared_words(answer, reference)
+    return ours == theirs
+
+
+def compared_words(answer: str, reference: str) -> tuple[list[str], list[str]]:
+    """Return the words of both texts by which they are compared.
+
+    Those are SQuAD's, but where it leaves nothing of a reference, as of the choice "A", which is an
+    article, or of "+": its script would count an empty answer as right. Articles, or punctuation
+    too, then stay in both texts.
+    """
+    for words in (squad_words, _words_with_articles, _lower_words):
+        if theirs := words(reference):
+            return words(answer), theirs
+
+    return squad_words(answer), []
+
+
 def squad_words(text: str) -> list[str]:
     """Return the words of a text in lower case, without ASCII punctuation and English articles."""
     return _ARTICLE.sub(" ", text.lower().translate(_NO_PUNCTUATION)).split()
+
+
+def _words_with_articles(text: str) -> list[str]:
+    return text.lower().translate(_NO_PUNCTUATION).split()
+
+
+def _lower_words(text: str) -> list[str]:
+    return text.lower().split()
 
 
 def _millionths(score: float) -> int:

@@ -16,7 +16,7 @@ from fluvial.errors import ConfigError
 from fluvial.models.generation import AT_ONCE, continuations, count_too_long
 from fluvial.models.pool import ModelPool
 from fluvial.storage.files import write_whole
-from fluvial.training.answer_scores import AnswerSums, squad_words
+from fluvial.training.answer_scores import AnswerSums, equal_in_squad
 from fluvial.training.choice_scores import Interval, bootstrap
 from fluvial.training.rouge import has_pairs
 from fluvial.training.wilson import wilson
@@ -215,8 +215,7 @@ def _scored(
 
 def _scores(answer: str, references: Sequence[str]) -> dict[str, float]:
     """Return the scores of one answer, each against the reference that it meets best."""
-    words = squad_words(answer)
-    normalised = any(words == squad_words(reference) for reference in references)
+    normalised = any(equal_in_squad(answer, reference) for reference in references)
     return AnswerSums.of(answer, references).means(1) | {"exact_match_squad": float(normalised)}
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from fluvial.models.encoding import Encoder
 from fluvial.models.pool import ModelPool
-from fluvial.training.answer_scores import squad_words, token_f1
+from fluvial.training.answer_scores import equal_in_squad, token_f1
 from fluvial.training.choice_prompts import Prompt, encoded, fitted
 from fluvial.training.choice_scores import score
 from fluvial.training.superglue import YES_NO, Cloze
@@ -124,7 +124,7 @@ def entity_f1(clozes: Sequence[Cloze], picks: Sequence[str]) -> float:
 def entity_match(clozes: Sequence[Cloze], picks: Sequence[str]) -> float:
     """Return the share of queries whose entity has the words of an answer."""
     return mean(
-        squad_words(pick) in map(squad_words, cloze.answers)
+        any(equal_in_squad(pick, answer) for answer in cloze.answers)
         for cloze, pick in zip(clozes, picks, strict=True)
     )
 

@@ -2,7 +2,13 @@
 
 import pytest
 
-from fluvial.training.answer_scores import AnswerSums, exact_match, squad_words, token_f1
+from fluvial.training.answer_scores import (
+    AnswerSums,
+    equal_in_squad,
+    exact_match,
+    squad_words,
+    token_f1,
+)
 
 
 @pytest.mark.parametrize(
@@ -37,6 +43,28 @@ def test_case_punctuation_and_articles_do_not_count() -> None:
 )
 def test_token_f1_is_the_overlap_of_words(answer: str, reference: str, score: float) -> None:
     assert token_f1(answer, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "equal"),
+    [
+        ("", "A", False),
+        ("B", "A", False),
+        (" a.", "A", True),
+        ("the A", "A", False),
+        ("", "+", False),
+        ("-", "+", False),
+        ("+", "+", True),
+        ("a cat", "cat", True),
+        ("", " ", True),
+    ],
+)
+def test_a_reference_that_is_an_article_or_punctuation_is_compared_as_it_is(
+    answer: str, reference: str, equal: bool
+) -> None:
+    """SQuAD's script would find nothing in the choice "A", as in an empty answer."""
+    assert equal_in_squad(answer, reference) is equal
+    assert (token_f1(answer, reference) == 1.0) is equal
 
 
 def test_each_score_takes_its_best_reference() -> None:
