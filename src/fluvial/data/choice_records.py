@@ -8,7 +8,7 @@ column of its own (C-Eval, CMMLU, MedMCQA).
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluvial.data.fields import Fields, checked_text, encodable
+from fluvial.data.fields import Fields, checked_text, encodable, listed_value
 from fluvial.data.multiple_choice import LETTERS, Choice, ending, language_of, render
 from fluvial.data.records import Answered, Numbers
 from fluvial.data.rows import Number, described
@@ -73,7 +73,7 @@ def choices_of(
     place: object, name: str, value: Any, numbers: Numbers = "refuse"
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the labels and the texts of choices; raise `ConfigError` naming place and field."""
-    labels, texts = _labelled(value)
+    labels, texts = _labelled(listed_value(place, name, value, "choices"))
     if not isinstance(texts, list) or not FEWEST <= len(texts) <= len(LETTERS):
         held = f"a list of {len(texts)}" if isinstance(texts, list) else described(value)
         raise ConfigError(

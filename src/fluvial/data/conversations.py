@@ -4,9 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluvial.data.fields import Fields, checked_text, encodable
+from fluvial.data.fields import Fields, checked_text, encodable, listed_value
 from fluvial.data.forms import REQUIRED_FIELDS
-from fluvial.data.json_document import json_list
 from fluvial.data.records import Chat, Message, Numbers
 from fluvial.data.rows import Number, described, typed
 from fluvial.errors import ConfigError
@@ -59,7 +58,7 @@ def conversation(fields: Fields, unread: Counter[tuple[str, str]]) -> Chat:
     """
     (field,) = REQUIRED_FIELDS[fields.form]
     place, name = fields.place, fields.name(field)
-    turns = _listed(place, name, fields.needed(field))
+    turns = listed_value(place, name, fields.needed(field), "turns")
     if not isinstance(turns, Sequence) or isinstance(turns, str) or not turns:
         held = "an empty list" if isinstance(turns, list) else described(turns)
         raise ConfigError(
@@ -165,21 +164,6 @@ def _content(place: str, name: str, value: Any, numbers: Numbers) -> str:
             )
 
     return encodable(place, repr(name), "".join(part["text"] for part in value))
-
-
-def _listed(place: object, name: str, value: Any) -> Any:
-    """Return the list that a text is as JSON, as a column of CSV holds it; any other value as it
-    is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        turns = json_list(value)
-    except ValueError as error:
-        raise ConfigError(
-            f"{place}: {name}: the text of the conversation {error}; write the list of turns as "
-            "JSON, as Python's json.dumps does and its str does not"
-        ) from None
-    return value if turns is None else turns
 
 
 def _weight(place: str, role: str, value: Any) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 
 from fluvial.data.faults import shown
 from fluvial.data.forms import Form
+from fluvial.data.json_document import json_list
 from fluvial.data.records import Numbers
 from fluvial.data.rows import Number, described
 from fluvial.errors import ConfigError
@@ -128,6 +129,25 @@ def checked_text(place: object, name: str, value: Any, numbers: Numbers) -> str:
         remedy = "write a text, or remove the record"
 
     raise ConfigError(f"{place}: {name} must be text, and is {described(value)}; {remedy}")
+
+
+def listed_value(place: object, name: str, value: Any, of: str) -> Any:
+    """Return the list that a text is as JSON, as a column of CSV holds it; any other value as it
+    is.
+
+    Raise `ConfigError`, naming what the list is `of`, for a text that begins as a list and is no
+    JSON.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        found = json_list(value)
+    except ValueError as error:
+        raise ConfigError(
+            f"{place}: {name}: the text {error}; write the list of {of} as JSON, as Python's "
+            "json.dumps does and its str does not"
+        ) from None
+    return value if found is None else found
 
 
 def encodable(place: object, name: str, text: str) -> str:

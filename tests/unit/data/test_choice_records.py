@@ -57,11 +57,12 @@ def content(form: Any = "choices", columns: Any = (), numbers: Any = "refuse", *
     [
         TEXTS,
         [" Sand", "Water\n", "Fire"],
+        json.dumps(TEXTS),
         {"A": "Sand", "B": "Water", "C": "Fire"},
         {"text": TEXTS, "label": ["A", "B", "C"]},
         [{"label": label, "text": text} for label, text in zip("ABC", TEXTS, strict=True)],
     ],
-    ids=["list", "blanks", "object", "lists", "labelled"],
+    ids=["list", "blanks", "JSON", "object", "lists", "labelled"],
 )
 @pytest.mark.parametrize("answer", ["B", "b", " B ", "Water", Number("1")])
 def test_every_form_of_choices_is_one_prompt_with_the_letter(choices: Any, answer: Any) -> None:
@@ -113,6 +114,10 @@ def test_labels_are_those_of_the_record() -> None:
     [
         ({"choices": ["x"]}, "field 'choices' must be a list of 2 to 10 texts, and is a list of 1"),
         ({"choices": ["x"] * 11}, "and is a list of 11; correct it, or remove the record"),
+        (
+            {"choices": "['x', 'y']"},
+            "the text is no JSON .*; write the list of choices as JSON",
+        ),
         ({"choices": "A) x B) y"}, "must be a list of 2 to 10 texts, and is text"),
         ({"choices": ["x", " "]}, "choice B of field 'choices' is blank"),
         ({"choices": ["x", Number("2")]}, "choice B of .* must be text, and is a number; put it"),
@@ -173,6 +178,11 @@ def test_numbers_are_choices_where_the_setting_allows_it() -> None:
             {"context": "article", "choices": "options"},
         ),
         (
+            {"question": "q", "choices": json.dumps(["x", "y"]), "answer": "A"},
+            "choices",
+            {},
+        ),
+        (
             {"question_stem": "q", "choices": {"text": ["x", "y"], "label": ["A", "B"]},
              "answerKey": "B"},
             "choices",
@@ -183,7 +193,7 @@ def test_numbers_are_choices_where_the_setting_allows_it() -> None:
         ({"question": "q", "choices": ["x", "y"], "answer": "z"}, "prompt_completion",
          {"prompt": "question", "completion": "answer"}),
     ],
-    ids=["mmlu", "ceval", "medmcqa", "medqa", "race", "arc", "text", "other answers"],
+    ids=["mmlu", "ceval", "medmcqa", "medqa", "race", "JSON", "arc", "text", "other answers"],
 )  # fmt: skip
 def test_a_proposal_finds_choices_by_name_and_content(
     row: dict[str, Any], form: str, columns: dict[str, str], tmp_path: Path
@@ -215,3 +225,13 @@ def test_a_chat_template_gets_the_letter_without_the_space_before_it() -> None:
     chat = read_as(reader.read("r", row), "messages").content
     assert isinstance(chat, Chat)
     assert [message["content"] for message in chat.messages] == [PROMPT, "B"]
+
+
+def test_a_list_that_python_wrote_is_proposed_so_that_its_fault_is_named(tmp_path: Path) -> None:
+    """As a question with an answer, the letters of choices that nobody sees would be learned."""
+    path = tmp_path / "d.csv"
+    path.write_text("question,choices,answer\n" + "q,\"['x', 'y']\",A\n" * 3)
+    files = read_records(str(path))
+    assert guessed_columns(files.names, files.rows) == ("choices", {})
+    with pytest.raises(ConfigError, match="3 times: field 'choices': the text is no JSON"):
+        records_of(DataConfig(source=str(path)))

@@ -245,7 +245,7 @@ def test_text_windows_lose_nothing(tokenizer: Any) -> None:
         (
             "messages",
             {"messages": "[{'role': 'user'}]"},
-            r"record 0: .*: the text of the conversation is no JSON \(.* at character 3\); write",
+            r"record 0: .*: the text is no JSON \(.* at character 3\); write",
         ),
         ("messages", {"messages": "[]"}, "must be a list of turns, and is an empty list"),
         ("messages", {"messages": []}, "must be a list of turns, and is an empty list"),

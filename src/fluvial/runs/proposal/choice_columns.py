@@ -44,9 +44,14 @@ def _by_name(form: Form, columns: Sequence[str]) -> dict[str, str]:
 
 
 def _readable(form: Form, columns: Mapping[str, str], rows: Sequence[Row]) -> bool:
-    """Return whether most of the first rows are records of this form."""
+    """Return whether most of the first rows are records of this form, or have the text of a list,
+    which may be no JSON."""
     reader = RecordReader(form, columns, "text")
     some = rows[:MOST_READ]
+    lists = [row.cells.get(columns["choices"]) for row in some] if form == "choices" else []
+    if lists and all(isinstance(each, str) and each.startswith("[") for each in lists):
+        return True
+
     num_read = 0
     for row in some:
         with suppress(ConfigError):
