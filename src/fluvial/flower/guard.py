@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 LOOK_S = 0.2
 """Seconds between two looks at whether the parent process is there."""
@@ -37,14 +38,24 @@ def guarded(*children: int) -> Iterator[None]:
 
 
 def alive(process: int) -> bool:
-    """Return True if there is a process of this number."""
+    """Return True if there is a process of this number that has not ended."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # it is another user's
         return True
-    return True
+    return not _is_zombie(process)
+
+
+def _is_zombie(process: int) -> bool:
+    """Return True for a process that has ended and that its parent has not looked at; False where
+    the system does not say."""
+    try:
+        stat = Path(f"/proc/{process}/stat").read_text(errors="replace")
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[:1] == ["Z"]
 
 
 def _watch(parent: int, children: tuple[int, ...]) -> None:

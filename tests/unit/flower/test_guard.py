@@ -91,6 +91,16 @@ def locked(folder: Path) -> bool:
     return False
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not say it")
+def test_a_process_that_has_ended_is_not_alive_before_its_parent_looks() -> None:
+    """The first process of a container may take its time to look at what it has inherited."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        assert alive(process.pid)
+        process.kill()
+        until(lambda: not alive(process.pid))
+        os.kill(process.pid, 0)  # its number is still in use
+
+
 def test_a_guard_ends_with_the_body() -> None:
     program = (
         "import os\nfrom fluvial.flower.guard import guarded\n"
