@@ -42,6 +42,10 @@ class Continuation(str):
         made.cut = cut
         return made
 
+    def __getnewargs_ex__(self) -> tuple[tuple[str], dict[str, bool]]:
+        """Return what a copy is made of, also in another process."""
+        return (str(self),), {"cut": self.cut}
+
 
 @torch.no_grad()
 def continuations(
