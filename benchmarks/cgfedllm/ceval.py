@@ -27,7 +27,7 @@ import torch
 from benchmarks.cgfedllm.bed import Table
 from benchmarks.options import parser_of
 from benchmarks.report import Claim, Report, Row, show
-from fluvial.data.multiple_choice import Choice, Scoring, ending, language_of, render
+from fluvial.data.multiple_choice import Choice, Scoring, chance, ending, language_of, render
 from fluvial.models.pool import ModelPool
 from fluvial.runs.config import RunConfig, parse
 from fluvial.runs.run import execute
@@ -245,7 +245,7 @@ def measure(options: argparse.Namespace, report: Report) -> None:
     rows = [row for row in report.rows if row["part"] == "ceval"]
     names = ["arm", "category", "questions", "before", "after", "macro"]
     names += ["gain", "gain_low", "gain_high"]
-    show("C-Eval val, chance 0.25", {name: name for name in names}, rows)
+    show(f"C-Eval val, chance {chance(val)}", {name: name for name in names}, rows)
     report.claims += [
         Claim(
             f"{row['arm']}: lower end of the gain over all questions",

@@ -81,21 +81,19 @@ def choices_of(
             f"{REMEDY}"
         )
 
-    named = [f"choice {letter} of {name}" for letter in LETTERS[: len(texts)]]
-    checked = [
-        checked_text(place, one, text, numbers).strip()
-        for one, text in zip(named, texts, strict=True)
-    ]
-    for one, text in zip(named, checked, strict=True):
-        if is_blank(text):
-            raise ConfigError(f"{place}: {one} is blank; {REMEDY}")
+    checked = []
+    for letter, text in zip(LETTERS, texts, strict=False):
+        named = f"choice {letter} of {name}"
+        checked.append(checked_text(place, named, text, numbers).strip())
+        if is_blank(checked[-1]):
+            raise ConfigError(f"{place}: {named} is blank; {REMEDY}")
 
     if labels is None:
         return tuple(LETTERS[: len(texts)]), tuple(checked)
     if not (
         isinstance(labels, list)
-        and len(labels) == len(texts) == len(set(map(str, labels)))
         and all(isinstance(label, str) for label in labels)
+        and len(set(labels)) == len(labels) == len(texts)
     ):
         raise ConfigError(
             f"{place}: {name}: each choice needs a label of its own, as text; {REMEDY}"

@@ -44,7 +44,9 @@ ANSWERS: dict[Form, str] = {"prompt_completion": "completion", "alpaca": "output
 """The field with the answer of a record; its column may be that of `references` too."""
 CONVERSATIONS: frozenset[str] = frozenset({"messages", "sharegpt"})
 """Forms that a chat template renders."""
-WORDED: frozenset[str] = frozenset({"alpaca", "choices", "lettered_choices"})
+FORMS_OF_CHOICES: tuple[Form, ...] = ("choices", "lettered_choices")
+"""Forms of questions with choices."""
+WORDED: frozenset[str] = frozenset({"alpaca", *FORMS_OF_CHOICES})
 """Forms of prompts with words of their own around what the record has."""
 OBJECTS: frozenset[str] = frozenset({"choices"})
 """Fields whose value may be an object."""

@@ -8,6 +8,7 @@ not list them, and the answer is the choice.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 LETTERS = "ABCDEFGHIJ"
@@ -32,6 +33,11 @@ class Choice:
     subject: str | None = None
     subject_zh: str | None = None
     """The subject in Chinese, for a Chinese prompt (C-Eval)."""
+
+
+def chance(questions: Sequence[Choice]) -> float:
+    """Return the accuracy of a model that guesses."""
+    return fmean(1 / len(question.choices) for question in questions)
 
 
 def language_of(question: str) -> Language:

@@ -139,7 +139,7 @@ class Tokenizing:
 
         before = encoder.prompt(content.prompt)
         after = (
-            encoder.continued(content.prompt, content.answer)
+            encoder.continued(content.prompt, before, content.answer)
             if content.joined
             else encoder.answer(content.answer)
         )

@@ -57,13 +57,16 @@ class Encoder:
         """
         return self.ended(self.plain(text))
 
-    def continued(self, prompt: str, text: str) -> list[int]:
-        """Encode an answer as what follows the prompt in one text, and end it with one EOS; by
-        itself, where the prompt would have other tokens in that text."""
-        before = self.prompt(prompt)
+    def continued(self, prompt: str, before: list[int], text: str) -> list[int]:
+        """Encode an answer as what follows the prompt, whose tokens are `before`, in one text, and
+        end it with one EOS; by itself, where the prompt would have other tokens in that text."""
         whole = self.prompt(prompt + text)
         after = whole[len(before) :]
-        return self.ended(after) if after and whole[: len(before)] == before else self.answer(text)
+        return (
+            self.ended(after)
+            if after and whole[: len(before)] == list(before)
+            else self.answer(text)
+        )
 
     def ended(self, ids: Sequence[int]) -> list[int]:
         """Return `ids` with one EOS at the end."""

@@ -9,12 +9,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal
 
 from fluvial import __version__
 from fluvial.data import DataConfig
-from fluvial.data.multiple_choice import Choice, Language, Scoring, language_of
+from fluvial.data.multiple_choice import Choice, Language, Scoring, chance, language_of
 from fluvial.errors import ConfigError
 from fluvial.models.digests import weights_digest
 from fluvial.models.encoding import Encoder
@@ -245,7 +244,7 @@ def _choice_result(
         "dropped_shots": sheet.dropped_shots,
         "cut_questions": sheet.cut_questions,
         "cut_tokens": sheet.cut_tokens,
-        "chance": fmean(1 / len(question.choices) for question in sheet.questions),
+        "chance": chance(sheet.questions),
     }
     marks = {}
     for name, adapter in models.items():

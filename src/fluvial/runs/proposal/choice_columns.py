@@ -4,14 +4,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import takewhile
 
-from fluvial.data.forms import REQUIRED_FIELDS, Form, objects_of
+from fluvial.data.forms import FORMS_OF_CHOICES, REQUIRED_FIELDS, Form, objects_of
 from fluvial.data.multiple_choice import LETTERS
 from fluvial.data.record_reader import RecordReader
 from fluvial.data.rows import Row
 from fluvial.errors import ConfigError
 from fluvial.runs.proposal.usual_names import plain_names, usual_name
 
-FORMS_OF_CHOICES: tuple[Form, ...] = ("choices", "lettered_choices")
 MOST_READ = 100
 """Rows that are read as questions with choices before that form is guessed."""
 

@@ -11,14 +11,16 @@ from fluvial.data.forms import (
     CONVERSATIONS,
     FIELDS,
     FORMS,
+    FORMS_OF_CHOICES,
     REQUIRED_FIELDS,
     Form,
     detect_form,
     fields_of,
+    objects_of,
 )
 from fluvial.data.rows import Number, Row
 from fluvial.errors import ConfigError
-from fluvial.runs.proposal.choice_columns import FORMS_OF_CHOICES, with_choices
+from fluvial.runs.proposal.choice_columns import with_choices
 from fluvial.runs.proposal.usual_names import LIKE, plain_names, usual_name
 
 LISTS = ("", "s", "text", "stext")
@@ -133,7 +135,7 @@ def _lists(columns: Sequence[str], rows: Sequence[Row]) -> frozenset[str]:
 
 def _objects(columns: Sequence[str], rows: Sequence[Row]) -> list[str]:
     """Return the names of the objects that have some of the columns."""
-    outer = dict.fromkeys(name.rpartition(".")[0] for name in columns if "." in name)
+    outer = sorted(objects_of(columns))
     return [name for name in outer if any(isinstance(row.cells.get(name), Mapping) for row in rows)]
 
 
